@@ -1,0 +1,129 @@
+"""What the rooms hand each other: JSON records with units in their names.
+
+Every record refuses unknown keys, so that a typo or a newer file is an error and never a silent default.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """A frozen JSON record; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Estimate(Record):
+    """A measured value with its 95 % confidence interval; ``low == high == value`` when it is exact."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Machine(Record):
+    """Where a figure was obtained."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    gpu: str | None = None
+    os: str
+    python: str
+    versions: dict[str, str] = {}
+
+
+class ModelCard(Record):
+    """What a model is, as far as its checkpoint tells: enough for a table row without opening the weights."""
+
+    name: str
+    architecture: str
+    parameters: int
+    weight_format: str = Field(
+        description="the format of most quantized weights, or bf16/fp16/fp32 when none is"
+    )
+    activation_format: str | None = None
+    kv_cache_format: str | None = None
+    size_bytes: int = Field(description="all tensors of the checkpoint, scales included")
+    bits_per_weight: float = Field(description="size_bytes * 8 / parameters")
+    notes: list[str] = []
+
+
+class TextQuality(Record):
+    """Quality on one text, or over all of them. Estimates are per token, natural logarithm."""
+
+    tokens: int
+    perplexity: Estimate
+    perplexity_base: Estimate | None = None
+    kl_divergence: Estimate | None = Field(None, description="mean KL(base || model), nats per token")
+    top1_agreement: Estimate | None = Field(None, description="share of tokens with the same argmax, 0..1")
+
+
+class GateResult(Record):
+    """One threshold of ``--gate`` and whether the measured value kept it."""
+
+    metric: str
+    limit: float
+    value: float
+    passed: bool
+
+
+class EvaluationRecord(Record):
+    """The result of ``fourfold evaluate``: a model, a base, quality overall and per text."""
+
+    kind: Literal["fourfold.evaluation/1"] = "fourfold.evaluation/1"
+    created: str
+    model: ModelCard
+    base: ModelCard | None = None
+    overall: TextQuality
+    texts: dict[str, TextQuality]
+    gates: list[GateResult] = []
+    window_tokens: int
+    machine: Machine
+
+
+class RequestRecord(Record):
+    """One request as the client saw it; every latency is computed from these times, and from nothing else.
+
+    Times are seconds on one monotonic clock whose zero is the start of the run.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    output_tokens: int
+    start_s: float
+    token_times_s: list[float] = Field(description="arrival of each output token, in order")
+    end_s: float
+    error: str | None = None
+
+
+class RunSettings(Record):
+    """What one measured run asked for."""
+
+    profile: str
+    concurrency: int
+    input_tokens: int
+    output_tokens: int
+    requests: int
+    warmup_requests: int
+    scale: float
+    seed: int
+
+
+class RunRecord(Record):
+    """One closed-loop run of one profile at one concurrency: settings, every request, the metrics."""
+
+    kind: Literal["fourfold.run/1"] = "fourfold.run/1"
+    created: str
+    target: str = Field(description="base URL, or the model folder that was served for the run")
+    model: ModelCard
+    settings: RunSettings
+    machine: Machine
+    duration_s: float
+    error_rate: float
+    excluded: bool = Field(
+        description="true when the error rate is above 10 %; such a run has no say in results"
+    )
+    metrics: dict[str, float] = Field(description="name with unit -> value; definitions in bench/metrics")
+    requests: list[RequestRecord]
