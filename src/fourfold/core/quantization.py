@@ -12,7 +12,7 @@ class LayerScheme(Record):
 
 
 class Quantization(Record):
-    """A checkpoint's scheme: module name (no ``.weight``) -> scheme. Modules not named are kept as they were."""
+    """A checkpoint's scheme: module name (no ``.weight``) -> scheme; modules not named are kept."""
 
     layers: dict[str, LayerScheme] = {}
     kv_cache: str | None = None

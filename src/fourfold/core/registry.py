@@ -1,8 +1,8 @@
 """One rule of discovery: the module's name is the name on the command line.
 
 A registry is a package; each of its modules exports one object under an agreed attribute. Listing the names
-imports nothing; an import error of the chosen module propagates. ``-`` on the command line is ``_`` in a module.
-Subpackages and modules with a leading underscore are machinery and are not listed.
+imports nothing; an import error of the chosen module propagates. ``-`` on the command line is ``_`` in a
+module. Subpackages and modules with a leading underscore are machinery and are not listed.
 """
 
 import pkgutil
