@@ -1,1 +1,1 @@
-""""""
+"""One command per verb, each thin: parse, call a room, print."""

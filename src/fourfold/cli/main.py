@@ -1,0 +1,66 @@
+"""The ``fourfold`` command: registers the verbs and turns errors into one paragraph and an exit code.
+
+0 is good, 1 is failed (or a gate not kept), 2 is misused. Verb modules import their rooms inside the function,
+so that ``fourfold --help`` starts at once.
+"""
+
+import sys
+from importlib import import_module
+
+import typer
+
+from fourfold import __version__
+from fourfold.core.errors import FourfoldError
+
+VERBS = (
+    "quantize",
+    "convert",
+    "verify",
+    "evaluate",
+    "generate",
+    "chat",
+    "serve",
+    "bench",
+    "report",
+    "formats",
+    "doctor",
+)
+
+app = typer.Typer(
+    help="Take a Hugging Face LLM to MXFP4, prove that it is still good, serve it, measure it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+
+def show_version(wanted: bool) -> None:
+    """``--version``: print and stop."""
+    if wanted:
+        typer.echo(f"fourfold {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print it."),
+) -> None:
+    """Options that belong to no verb."""
+
+
+for verb in VERBS:
+    app.command(verb)(getattr(import_module(f"fourfold.cli.{verb}"), verb))
+
+
+def main() -> None:
+    """Run the command line; never a traceback for a FourfoldError."""
+    try:
+        app()
+    except FourfoldError as error:
+        print(f"fourfold: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # the reader (`| head`) has what it wanted; Python would complain once more while closing stdout
+        sys.stderr.close()
+        sys.exit(0)
