@@ -1,0 +1,186 @@
+"""Block formats: runs of values along the last dimension that share a scale, and the tensors they make.
+
+A value is ``element * scale`` (NVFP4: ``* global_scale`` as well), as in OCP MX v1.0 section 5.1. Scales are
+never zero: a run of zeros gets the format's smallest scale. A NaN or Inf anywhere makes every value that shares
+its scale NaN, and nothing that was not finite ever reads back as finite.
+
+Tensors are worked through in parts of about a quarter of a million values, so that temporaries stay within a few
+megabytes whatever the size; the price is that a tensor that is not contiguous is copied once, in its own dtype.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.formats.numbers.element import ElementFormat
+from fourfold.formats.numbers.pack import pack, unpack
+from fourfold.formats.numbers.registry import get_format
+from fourfold.formats.numbers.scale import ScaleRule
+
+PART_VALUES = 2**18
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Layout = tuple[torch.Size, torch.dtype]
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """A tensor [..., K] in a block format: packed codes and the scales they share.
+
+    ``blocks`` is uint8 [..., K * bits / 8]. ``scales`` is uint8 E8M0 [..., K/32] for the MX formats, uint8 E4M3
+    [..., K/16] for nvfp4, float16 [..., K/N] for int4-gN, float32 [..., 1] for fp8-channel and fp8-token, and
+    float32 [] for fp8-tensor. ``global_scale`` is a float32 scalar that multiplies, for nvfp4 only.
+    """
+
+    format: str
+    blocks: torch.Tensor
+    scales: torch.Tensor
+    scale_rule: str | None = None
+    global_scale: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The logical shape."""
+        bits = get_format(self.format).element.bits
+        return torch.Size([*self.blocks.shape[:-1], self.blocks.shape[-1] * 8 // bits])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        extra = 0 if self.global_scale is None else self.global_scale.nbytes
+        return self.blocks.nbytes + self.scales.nbytes + extra
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values, [..., K]."""
+        return get_format(self.format).dequantize(self, dtype)
+
+
+@dataclass(frozen=True)
+class BlockFormat(ABC):
+    """A way to hold a tensor. ``block_size`` None: a whole row or tensor shares the scale.
+
+    ``scale`` is how a scale is held: e8m0, e4m3, fp16 or fp32. ``default_rule`` is None where the scale is not
+    a power of two and no rule applies.
+    """
+
+    name: str
+    element: ElementFormat
+    block_size: int | None
+    scale: str
+    default_rule: ScaleRule | None = None
+
+    @property
+    def bits_per_value(self) -> float:
+        """Stored bits per value, block scales included; one scale a row or a tensor counts as nothing."""
+        scale_bits = {"e8m0": 8, "e4m3": 8, "fp16": 16, "fp32": 32}[self.scale]
+        return self.element.bits + (scale_bits / self.block_size if self.block_size else 0)
+
+    def empty_shapes(self, shape: torch.Size | tuple[int, ...]) -> dict[str, Layout]:
+        """Shape and dtype of ``blocks`` and ``scales`` for a tensor of ``shape``, without data.
+
+        Raises FourfoldError when the last dimension is no whole number of blocks.
+        """
+        if not shape or shape[-1] % (self.block_size or 1):
+            raise FourfoldError(
+                f"A tensor of shape {list(shape)} cannot be held in {self.name}: its last dimension must be a "
+                f"multiple of {self.block_size or 1}. Keep this tensor as it is, or choose another format."
+            )
+        *leading, width = shape
+        blocks = torch.Size([*leading, width * self.element.bits // 8])
+        return {"blocks": (blocks, torch.uint8), "scales": self._scales_layout(leading, width)}
+
+    def quantize(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> BlockTensor:
+        """``x`` [..., K] (bfloat16, float16 or float32) in this format.
+
+        Raises FourfoldError for another dtype or a K that is no multiple of the block, UsageError for a rule
+        that this format does not know.
+        """
+        layout, rule = self._checked(x, rule)
+        blocks, scales = (torch.empty(s, dtype=d, device=x.device) for s, d in layout.values())
+        runs, whole = self._runs(x), self._whole(x)
+        packed = blocks.view(len(runs), -1) if len(runs) else blocks
+        for part in _parts(runs):
+            packed[part], own = self._quantize_runs(runs[part], rule, whole)
+            if own is not None:
+                scales.view(-1)[part] = own
+        if whole is not None and not scales.ndim:
+            scales, whole = whole, None
+        return BlockTensor(self.name, blocks, scales, rule and rule.value, whole)
+
+    def dequantize(self, tensor: BlockTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values of ``tensor``, [..., K] in ``dtype``; computed in float32 and rounded once."""
+        values = torch.empty(tensor.shape, dtype=dtype, device=tensor.blocks.device)
+        runs = self._runs(values)
+        packed = tensor.blocks.reshape(len(runs), -1) if len(runs) else tensor.blocks
+        whole = tensor.global_scale if tensor.scales.ndim else tensor.scales
+        for part in _parts(runs):
+            own = tensor.scales.reshape(-1)[part] if tensor.scales.ndim else None
+            runs[part] = self._decode(unpack(packed[part], self.element.bits), own, whole)
+        return values
+
+    def fake_quantize(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> torch.Tensor:
+        """What ``x`` becomes by quantizing it and reading it back, in its own dtype. Raises as ``quantize``."""
+        _, rule = self._checked(x, rule)
+        runs, whole = self._runs(x), self._whole(x)
+        result = torch.empty_like(runs)
+        for part in _parts(runs):
+            codes, own = self._encode(runs[part].float(), rule, whole)
+            result[part] = self._decode(codes, own, whole)
+        return result.view(x.shape)
+
+    @abstractmethod
+    def _scales_layout(self, leading: list[int], width: int) -> Layout: ...
+
+    @abstractmethod
+    def _encode(
+        self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes (uint8) and scales [n] of float32 runs [n, run]; scales is None where ``whole`` is the scale."""
+
+    @abstractmethod
+    def _decode(
+        self, codes: torch.Tensor, scales: torch.Tensor | None, whole: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+    def _quantize_runs(
+        self, runs: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        codes, scales = self._encode(runs.float(), rule, whole)
+        return pack(codes, self.element.bits), scales
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor | None:
+        """A float32 scalar that the whole tensor shares, where the format has one."""
+        return None
+
+    def _runs(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` as [n, run], each run sharing a scale."""
+        run = self.block_size or x.shape[-1]
+        return x.reshape(x.numel() // max(run, 1), run)
+
+    def _checked(
+        self, x: torch.Tensor, rule: ScaleRule | str | None
+    ) -> tuple[dict[str, Layout], ScaleRule | None]:
+        if x.dtype not in INPUT_DTYPES:
+            raise FourfoldError(
+                f"A tensor of dtype {x.dtype} cannot be quantized to {self.name}. Give bfloat16, float16 or float32."
+            )
+        if rule is None:
+            return self.empty_shapes(x.shape), self.default_rule
+        choices = list(ScaleRule) if self.default_rule else []
+        if rule not in choices:
+            known = (
+                f"Choose one of: {', '.join(choices)}."
+                if choices
+                else "Its scale is no power of two: give none."
+            )
+            raise UsageError(f"Format {self.name} has no scale rule '{rule}'. {known}")
+        return self.empty_shapes(x.shape), ScaleRule(rule)
+
+
+def _parts(runs: torch.Tensor) -> Iterator[slice]:
+    """Slices over the first dimension of about PART_VALUES values each."""
+    count, step = len(runs), max(1, PART_VALUES // max(1, math.prod(runs.shape[1:])))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))

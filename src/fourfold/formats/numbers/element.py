@@ -1,0 +1,97 @@
+"""Element formats: the few bits of one value, before its block's scale.
+
+A float element with ``E`` exponent and ``M`` mantissa bits is sign, exponent, mantissa from high to low, with
+bias ``2^(E-1) - 1`` and subnormals (OCP MX v1.0 section 5.3; OCP OFP8 v1.0 for E4M3 and E5M2). An integer
+element (``E = 0``) is a two's complement number of ``2^-M`` steps; its most negative code is read but never
+written, so that the range stays symmetric (OCP MX v1.0 section 5.3.4).
+
+Rounding is to nearest, ties to even, saturating at the largest finite value; the sign of zero is kept where
+the format has one. The price of the plain form is about ten passes over the data; ``fp4`` has a lean one.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """``bits`` per value, split as above; ``max`` is the largest finite value that is ever written."""
+
+    name: str
+    bits: int
+    exponent_bits: int
+    mantissa_bits: int
+    max: float
+
+    @property
+    def is_integer(self) -> bool:
+        """True for two's complement elements."""
+        return self.exponent_bits == 0
+
+    @property
+    def max_exponent(self) -> int:
+        """``floor(log2(max))``: emax of OCP MX v1.0 section 6.3."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal value; 0 for integers."""
+        return 0 if self.is_integer else 2 - 2 ** (self.exponent_bits - 1)
+
+    @property
+    def min(self) -> float:
+        """The smallest positive value."""
+        return 2.0 ** (self.min_exponent - self.mantissa_bits)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes (uint8, same shape, unused high bits zero) of finite float32 ``values``."""
+        if self.is_integer:
+            steps = (values * 2.0**self.mantissa_bits).round_()
+            limit = self.max * 2.0**self.mantissa_bits
+            return steps.clamp_(-limit, limit).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
+        magnitude = values.abs().clamp_max_(self.max)
+        exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp_min_(self.min_exponent)
+        steps = (magnitude * power_of_two(self.mantissa_bits - exponent)).round_().to(torch.int32)
+        # a mantissa that rounds up to 2 carries into the exponent field by itself
+        code = steps + ((exponent - self.min_exponent) << self.mantissa_bits)
+        return (code + (torch.signbit(values).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Float32 values of uint8 ``codes``; what lies beyond ``max`` in a float is Inf or NaN."""
+        return value_table(self).to(codes.device)[codes.int()]
+
+
+@cache
+def value_table(element: ElementFormat) -> torch.Tensor:
+    """The float32 value of every code, [2^bits]."""
+    return torch.tensor([_value(element, code) for code in range(2**element.bits)])
+
+
+def _value(element: ElementFormat, code: int) -> float:
+    half, fraction = 2 ** (element.bits - 1), 2**element.mantissa_bits
+    if element.is_integer:
+        return (code - 2 * half if code >= half else code) / fraction
+    sign, field, mantissa = -1.0 if code >= half else 1.0, code % half // fraction, code % fraction
+    significand = mantissa / fraction + (field > 0)
+    value = math.ldexp(significand, max(field, 1) - 1 + element.min_exponent)
+    if value > element.max:
+        value = math.nan if mantissa else math.inf
+    return sign * value
+
+
+def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """Exact float32 ``2^exponent`` for int32 exponents in [-127, 127]; -127 is subnormal."""
+    bits = (exponent + 127) << 23
+    return bits.masked_fill_(exponent == -127, 1 << 22).view(torch.float32)
+
+
+E2M1 = ElementFormat("e2m1", 4, 2, 1, 6.0)
+E2M3 = ElementFormat("e2m3", 6, 2, 3, 7.5)
+E3M2 = ElementFormat("e3m2", 6, 3, 2, 28.0)
+E4M3 = ElementFormat("e4m3", 8, 4, 3, 448.0)
+E5M2 = ElementFormat("e5m2", 8, 5, 2, 57344.0)
+INT8 = ElementFormat("int8", 8, 0, 6, 127 / 64)
+INT4 = ElementFormat("int4", 4, 0, 0, 7.0)
