@@ -1,0 +1,125 @@
+"""What a dialect is: the mapping between logical tensors and what one ecosystem stores and says in config.json.
+
+Inside Fourfold a quantized tensor is one BlockTensor under its parameter's name; on disk it is two to four tensors
+with the dialect's names and dtypes. A dialect never changes a number: it renames, reinterprets bytes, and
+writes or reads ``quantization_config``.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor
+from fourfold.checkpoint.tensors import TensorInfo
+from fourfold.core.quantization import Quantization
+from fourfold.core.registry import Registry
+from fourfold.formats import BlockTensor
+
+EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
+OUTPUT_HEAD = "lm_head"
+VALUE = "value"  # the only part of a tensor that is held as it is
+
+DIALECTS = Registry("fourfold.checkpoint.dialects", "DIALECT", "dialect")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A logical tensor and the stored tensors it is made of, by part ("value", or "blocks", "scales", …)."""
+
+    info: TensorInfo
+    parts: dict[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a dialect understood of a folder: its scheme, its tensors, and the FP8 KV scales by module."""
+
+    quantization: Quantization
+    entries: dict[str, Entry]
+    kv_scales: dict[str, float]
+
+
+class Dialect(Protocol):
+    """One ecosystem's way of storing quantized tensors; ``DIALECT`` of a module in checkpoint/dialects."""
+
+    name: str
+    writable: bool
+
+    def claims(self, quantization_config: dict[str, Any] | None) -> bool:
+        """Whether a config.json with this quantization_config (None: it has none) is this dialect's."""
+        ...
+
+    def read(
+        self,
+        config: dict[str, Any],
+        stored: dict[str, StoredTensor],
+        load: Callable[[StoredTensor], torch.Tensor],
+    ) -> Reading:
+        """Group the stored tensors into logical ones. Raises FourfoldError when config and tensors disagree."""
+        ...
+
+    def assemble(
+        self, entry: Entry, load: Callable[[StoredTensor], torch.Tensor]
+    ) -> torch.Tensor | BlockTensor:
+        """Read one logical tensor."""
+        ...
+
+    def plan(self, info: TensorInfo) -> list[PlannedTensor]:
+        """What will be stored for ``info``. Raises UsageError for a format that the dialect cannot express."""
+        ...
+
+    def store(self, info: TensorInfo, value: torch.Tensor | BlockTensor) -> list[torch.Tensor]:
+        """The tensors of :meth:`plan`, in its order."""
+        ...
+
+    def kv_plan(self, module: str) -> PlannedTensor:
+        """The stored scale of a k_proj or v_proj ``module`` for an FP8 KV cache."""
+        ...
+
+    def quantization_config(
+        self, quantization: Quantization, kept_linears: Collection[str]
+    ) -> dict[str, Any] | None:
+        """The ecosystem's configuration, or None when nothing is quantized."""
+        ...
+
+
+def dialect_names(writable: bool = False) -> list[str]:
+    """Names of all dialects, or of those that can be written."""
+    return [name for name in DIALECTS.names() if not writable or get_dialect(name).writable]
+
+
+def get_dialect(name: str) -> Dialect:
+    """The dialect ``name``. Raises UsageError that lists the known ones."""
+    return DIALECTS.get(name)
+
+
+def plain_entry(stored: StoredTensor) -> Entry:
+    """A tensor held as it is."""
+    info = TensorInfo(stored.name, stored.shape, stored.dtype, None, stored.nbytes, stored.path.name)
+    return Entry(info, {VALUE: stored})
+
+
+def kept_linears(infos: Iterable[TensorInfo]) -> list[str]:
+    """Modules with a 2-D weight that is not quantized and no embedding: what an ecosystem must be told to leave.
+
+    A tied lm_head has no tensor of its own, but is a module all the same, so it is always considered.
+    """
+    infos = list(infos)
+    quantized = {module_of(info.name) for info in infos if info.format is not None}
+    kept = {
+        module_of(info.name)
+        for info in infos
+        if info.format is None
+        and len(info.shape) == 2
+        and info.name.endswith(".weight")
+        and not EMBEDDING.search(info.name)
+    }
+    return sorted((kept | {OUTPUT_HEAD}) - quantized)
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to, as Quantization names it."""
+    return name.removesuffix(".weight")

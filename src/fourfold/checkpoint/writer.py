@@ -1,0 +1,319 @@
+"""CheckpointWriter: a sharded checkpoint written tensor by tensor, durable shard by shard, resumable.
+
+Work happens in ``OUT.partial``. Which tensor goes into which shard, and every byte offset, is planned from
+names, shapes and formats before the first tensor is computed; a journal lists the shards that are on disk. A
+run that was killed continues with ``resume`` and gives the same bytes as one that was not. Only the last step,
+after the manifest with every file's hash, gives the folder its name ``OUT``.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold import __version__
+from fourfold.checkpoint.card import make_card
+from fourfold.checkpoint.dialect import Dialect, get_dialect, kept_linears
+from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX, SINGLE
+from fourfold.checkpoint.journal import Journal
+from fourfold.checkpoint.storage.header import PlannedTensor
+from fourfold.checkpoint.storage.writer import SafetensorsWriter
+from fourfold.checkpoint.tensors import TensorInfo
+from fourfold.core.durable import sha256_of, sync_folder, write_file
+from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.manifest import MANIFEST_NAME, Manifest
+from fourfold.core.quantization import Quantization
+from fourfold.core.records import ModelCard
+from fourfold.formats import BlockTensor
+
+DEFAULT_SHARD_BYTES = 2_000_000_000
+KV_FORMATS = (None, "fp8")
+CACHED_PROJECTIONS = (".k_proj.weight", ".v_proj.weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One planned file: its place in the order, its name, its logical tensors, and its bytes of tensors."""
+
+    index: int
+    file: str
+    tensors: tuple[TensorInfo, ...]
+    nbytes: int
+
+
+class ShardWriter:
+    """Writes the tensors of one shard; each logical tensor becomes the dialect's stored ones."""
+
+    def __init__(self, file: SafetensorsWriter, plan: "CheckpointPlan", shard: Shard):
+        self._file, self._plan = file, plan
+        self._infos = {info.name: info for info in shard.tensors}
+
+    def write(self, name: str, value: torch.Tensor | BlockTensor) -> None:
+        """Store one tensor. Raises FourfoldError when it is not what was planned for this shard."""
+        info = self._infos.get(name)
+        if info is None:
+            raise FourfoldError(f"Tensor '{name}' is not planned for the shard {self._file.path.name}.")
+        _check_value(info, value)
+        stored = self._plan.stored[name]
+        for planned, tensor in zip(stored, self._plan.dialect.store(info, value), strict=True):
+            self._file.write(planned.name, tensor)
+        if (scale := self._plan.kv.get(name)) is not None:
+            planned, number = scale
+            self._file.write(planned.name, torch.full(planned.shape, number, dtype=planned.dtype))
+
+
+class CheckpointPlan:
+    """What will be stored and where: everything that follows from names, shapes, formats and the dialect."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        quantization: Quantization,
+        tensors: list[TensorInfo],
+        max_shard_bytes: int,
+        kv_scales: Mapping[str, float],
+    ):
+        self.dialect, self.tensors = dialect, tensors
+        self.stored = {info.name: dialect.plan(info) for info in tensors}
+        self.kv = _plan_kv(dialect, quantization, tensors, kv_scales)
+        self.config = dialect.quantization_config(quantization, kept_linears(tensors))
+        self.shards = self._split(max_shard_bytes)
+        self._check_names()
+
+    def planned(self, info: TensorInfo) -> list[PlannedTensor]:
+        """The stored tensors of ``info``, its KV scale included."""
+        return self.stored[info.name] + [planned for planned, _ in filter(None, [self.kv.get(info.name)])]
+
+    def digest(self) -> str:
+        """Changes whenever the bytes of a shard could, given the same numbers."""
+        layout = [
+            [
+                shard.file,
+                [(p.name, str(p.dtype), p.shape) for info in shard.tensors for p in self.planned(info)],
+            ]
+            for shard in self.shards
+        ]
+        return hashlib.sha256(json.dumps([layout, self.config], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _split(self, max_shard_bytes: int) -> list[Shard]:
+        groups: list[tuple[list[TensorInfo], int]] = [([], 0)]
+        for info in self.tensors:
+            nbytes = sum(planned.nbytes for planned in self.planned(info))
+            members, total = groups[-1]
+            if members and total + nbytes > max_shard_bytes:
+                members, total = [], 0
+                groups.append((members, 0))
+            members.append(info)
+            groups[-1] = (members, total + nbytes)
+        count = len(groups)
+        return [
+            Shard(i, _shard_name(i, count), tuple(members), total)
+            for i, (members, total) in enumerate(groups)
+        ]
+
+    def _check_names(self) -> None:
+        seen: set[str] = set()
+        for info in self.tensors:
+            for planned in self.planned(info):
+                if planned.name in seen:
+                    raise FourfoldError(
+                        f"Two tensors would be stored as '{planned.name}' in the dialect {self.dialect.name}. "
+                        "Remove one of them from the source."
+                    )
+                seen.add(planned.name)
+
+
+class CheckpointWriter:
+    """Writes ``out``. Shards are written in any order, each whole; ``finish`` makes the folder appear.
+
+    ``tensors`` plans every logical tensor in order. ``fingerprint`` says what the numbers depend on (source,
+    recipe, …); a resumed run must bring the same. ``kv_scales`` maps k_proj and v_proj modules to calibrated
+    FP8 scales; 1.0 is stored where it says nothing. Raises UsageError for an existing ``out``, an interrupted
+    run without ``resume``, a fingerprint that differs, or a format the dialect cannot express.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        dialect: str,
+        config: dict[str, Any],
+        quantization: Quantization,
+        tensors: list[TensorInfo],
+        *,
+        fingerprint: dict[str, str],
+        resume: bool = False,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        kv_scales: Mapping[str, float] | None = None,
+    ):
+        refuse_existing(out)
+        self.out, self.work = out, partial_folder(out)
+        self.config, self.quantization = config, quantization
+        self.plan = CheckpointPlan(
+            _writable(dialect), quantization, tensors, max_shard_bytes, kv_scales or {}
+        )
+        self.fingerprint = fingerprint | {
+            "dialect": dialect,
+            "layout": self.plan.digest(),
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        }
+        self._journal = Journal(self.work, self.fingerprint, resume)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Every planned shard in order."""
+        return self.plan.shards
+
+    def pending(self) -> list[Shard]:
+        """The shards that are not durable yet."""
+        done = self._journal.done()
+        return [shard for shard in self.shards if shard.file not in done]
+
+    @contextmanager
+    def shard(self, index: int) -> Iterator[ShardWriter]:
+        """Write one shard: every tensor of ``shards[index].tensors``, preferably in that order.
+
+        The shard counts as written when the block ends without an exception. Raises FourfoldError when the disk
+        is full, or a tensor is missing or not as planned; finished shards stay.
+        """
+        shard = self.shards[index]
+        planned = [stored for info in shard.tensors for stored in self.plan.planned(info)]
+        path = self.work / shard.file
+        with SafetensorsWriter(path, planned, lambda digest: self._journal.add(shard.file, digest)) as file:
+            yield ShardWriter(file, self.plan, shard)
+
+    def finish(
+        self,
+        *,
+        source: str,
+        recipe: dict[str, Any] | None = None,
+        card: ModelCard | None = None,
+        notes: Iterable[str] = (),
+        generation_config: dict[str, Any] | None = None,
+        write_tokenizer: Callable[[Path], object] | None = None,
+    ) -> Manifest:
+        """Write all that is not a shard, then give the folder its name. Returns the manifest.
+
+        ``card`` defaults to what the plan says, with ``notes``. ``write_tokenizer`` (``Checkpoint.write_tokenizer``)
+        puts the tokenizer's files into the folder it is given.
+        """
+        if pending := self.pending():
+            raise FourfoldError(f"{self.work} still lacks {len(pending)} shards, first {pending[0].file}.")
+        self._write_config(generation_config or {})
+        if write_tokenizer is not None:
+            write_tokenizer(self.work)
+        card = card or make_card(
+            self.out.name, self.config, self.stored_infos(), self.quantization, list(notes)
+        )
+        manifest = self._write_manifest(source, recipe, card)
+        self._journal.remove()
+        sync_folder(self.work)
+        self._journal.close()
+        self.work.rename(self.out)
+        sync_folder(self.out.parent)
+        return manifest
+
+    def stored_infos(self) -> list[TensorInfo]:
+        """The planned tensors with the bytes they take in this dialect."""
+        return [
+            TensorInfo(
+                info.name,
+                info.shape,
+                info.dtype,
+                info.format,
+                sum(p.nbytes for p in self.plan.stored[info.name]),
+            )
+            for info in self.plan.tensors
+        ]
+
+    def _write_config(self, generation_config: dict[str, Any]) -> None:
+        config = dict(self.config)
+        if self.plan.config is not None:
+            config["quantization_config"] = self.plan.config
+        write_file(self.work / CONFIG, to_json(config))
+        if generation_config:
+            write_file(self.work / GENERATION_CONFIG, to_json(generation_config))
+        if len(self.shards) > 1:
+            write_file(self.work / INDEX, to_json(self._index()))
+
+    def _index(self) -> dict[str, Any]:
+        files = {
+            p.name: shard.file for shard in self.shards for i in shard.tensors for p in self.plan.planned(i)
+        }
+        return {"metadata": {"total_size": sum(shard.nbytes for shard in self.shards)}, "weight_map": files}
+
+    def _write_manifest(self, source: str, recipe: dict[str, Any] | None, card: ModelCard) -> Manifest:
+        hashes = self._journal.done()
+        for path in sorted(self.work.iterdir()):
+            if path.is_file() and path.name not in hashes and path.name not in self._journal.own_files():
+                hashes[path.name] = sha256_of(path)
+        manifest = Manifest(
+            fourfold_version=__version__,
+            source=source,
+            dialect=self.plan.dialect.name,
+            recipe=recipe,
+            fingerprint=self.fingerprint,
+            card=card,
+            sha256=dict(sorted(hashes.items())),
+        )
+        write_file(self.work / MANIFEST_NAME, to_json(manifest.model_dump()))
+        return manifest
+
+
+def partial_folder(out: Path) -> Path:
+    """Where ``out`` is made until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UsageError when ``out`` is there already."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists already. Name another output, or remove it first.")
+
+
+def to_json(value: object) -> str:
+    """JSON as it is put on disk: indented, sorted, so that equal content means equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _writable(name: str) -> Dialect:
+    dialect = get_dialect(name)
+    if not dialect.writable:
+        raise UsageError(f"The dialect {name} is read only. Write compressed-tensors or quark.")
+    return dialect
+
+
+def _shard_name(index: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _plan_kv(
+    dialect: Dialect, quantization: Quantization, tensors: list[TensorInfo], scales: Mapping[str, float]
+) -> dict[str, tuple[PlannedTensor, float]]:
+    """By the k_proj or v_proj weight that it goes with: the stored KV scale and its number."""
+    if quantization.kv_cache not in KV_FORMATS:
+        raise UsageError(
+            f"The KV cache format '{quantization.kv_cache}' cannot be stored. Choose fp8 or none."
+        )
+    if quantization.kv_cache is None:
+        return {}
+    modules = [i.name.removesuffix(".weight") for i in tensors if i.name.endswith(CACHED_PROJECTIONS)]
+    if not modules:
+        raise UsageError(
+            "The recipe asks for an FP8 KV cache, but the model has no k_proj and v_proj to put its scales beside. "
+            "Use a recipe without kv_cache."
+        )
+    return {m + ".weight": (dialect.kv_plan(m), scales.get(m, 1.0)) for m in modules}
+
+
+def _check_value(info: TensorInfo, value: torch.Tensor | BlockTensor) -> None:
+    given = value.format if isinstance(value, BlockTensor) else None
+    if given != info.format or tuple(value.shape) != info.shape:
+        raise FourfoldError(
+            f"Tensor '{info.name}' was planned as {info.format or info.dtype} {list(info.shape)}, but came as "
+            f"{given or getattr(value, 'dtype', None)} {list(value.shape)}."
+        )
