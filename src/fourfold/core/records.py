@@ -53,11 +53,18 @@ class ModelCard(Record):
 class TextQuality(Record):
     """Quality on one text, or over all of them. Estimates are per token, natural logarithm."""
 
-    tokens: int
+    tokens: int = Field(description="tokens that were predicted and scored")
+    windows: int | None = Field(default=None, description="independent pieces of text behind the intervals")
     perplexity: Estimate
     perplexity_base: Estimate | None = None
-    kl_divergence: Estimate | None = Field(None, description="mean KL(base || model), nats per token")
-    top1_agreement: Estimate | None = Field(None, description="share of tokens with the same argmax, 0..1")
+    perplexity_ratio: Estimate | None = Field(
+        default=None,
+        description="perplexity / perplexity_base; both see the same windows, so the interval is paired",
+    )
+    kl_divergence: Estimate | None = Field(default=None, description="mean KL(base || model), nats per token")
+    top1_agreement: Estimate | None = Field(
+        default=None, description="share of tokens with the same argmax, 0..1"
+    )
 
 
 class GateResult(Record):
@@ -79,6 +86,8 @@ class EvaluationRecord(Record):
     overall: TextQuality
     texts: dict[str, TextQuality]
     gates: list[GateResult] = []
+    task: str = "heldout"
+    method: str = Field(default="", description="how windows were cut and intervals were made, in words")
     window_tokens: int
     machine: Machine
 
@@ -117,9 +126,12 @@ class RunRecord(Record):
     kind: Literal["fourfold.run/1"] = "fourfold.run/1"
     created: str
     target: str = Field(description="base URL, or the model folder that was served for the run")
-    model: ModelCard
+    model_name: str = Field(description="the name the server answers to")
+    model: ModelCard | None = Field(
+        default=None, description="None when the server does not say what it serves"
+    )
     settings: RunSettings
-    machine: Machine
+    machine: Machine = Field(description="the machine of the client; of the server too when both share it")
     duration_s: float
     error_rate: float
     excluded: bool = Field(
@@ -127,3 +139,4 @@ class RunRecord(Record):
     )
     metrics: dict[str, float] = Field(description="name with unit -> value; definitions in bench/metrics")
     requests: list[RequestRecord]
+    notes: list[str] = Field([], description="what a reader must know of how this run was measured")
