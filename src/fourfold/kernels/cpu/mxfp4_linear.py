@@ -1,0 +1,54 @@
+"""MXFP4 weights on a CPU: the C++ kernel for few rows of x, expansion and torch's product for many.
+
+Few rows are bound by reading the weight, 4.25 bits a value against bfloat16's 16; many are bound by
+multiplications, where torch's library is hard to beat and the expansion is a small share of the time.
+"""
+
+import torch
+
+from fourfold.formats import BlockTensor
+from fourfold.kernels import expanded
+from fourfold.kernels.cpu import cpu_features, native
+from fourfold.kernels.dispatch import LinearKernel
+
+# Up to how many rows of x the C++ kernel is the faster one, by the best instruction set
+# (benchmarks/kernels/mxfp4_linear.py measures both ways).
+MOST_ROWS = {"portable": 4, "avx512": 8, "avx512bf16": 32}
+
+
+def takes(x: torch.Tensor, w: BlockTensor) -> bool:
+    """On the CPU with the extension, and packed as the format says."""
+    return (
+        native is not None
+        and x.device.type == "cpu"
+        and w.blocks.is_contiguous()
+        and w.scales.is_contiguous()
+    )
+
+
+def run(x: torch.Tensor, w: BlockTensor) -> torch.Tensor:
+    """``x`` [M, K] contiguous times ``w`` [N, K] transposed, [M, N]."""
+    if len(x) > MOST_NATIVE_ROWS:
+        return expanded.linear(x, w, expand)
+    return multiply(x, w)
+
+
+def multiply(x: torch.Tensor, w: BlockTensor, isa: str = "auto") -> torch.Tensor:
+    """``x`` [M, K] contiguous times ``w`` [N, K] transposed in C++, whatever M is."""
+    assert native is not None
+    out = x.new_empty(len(x), len(w.blocks))
+    native.mxfp4_linear(x.detach(), w.blocks, w.scales, out, isa)
+    return out
+
+
+def expand(w: BlockTensor, dtype: torch.dtype, isa: str = "auto") -> torch.Tensor:
+    """The values of ``w`` [N, K] in float32 or bfloat16, both exact; made by C++."""
+    assert native is not None
+    out = torch.empty(len(w.blocks), w.blocks.shape[1] * 2, dtype=dtype)
+    native.mxfp4_expand(w.blocks, w.scales, out, isa)
+    return out
+
+
+MOST_NATIVE_ROWS = max((MOST_ROWS[name] for name, usable in cpu_features().items() if usable), default=0)
+
+KERNEL = LinearKernel("mxfp4", takes, run)

@@ -1,0 +1,54 @@
+"""The specification of ``linear``: what every kernel is tested against, in plain torch on any device.
+
+    y = cast(activation(x) @ dequantize(w)^T)
+
+The activation is rounded to its format and read back (W4A8, W4A6, W4A4 with an MXFP4 weight; None is A16),
+both factors are float32, products are summed in float32, and the sum is rounded once to the dtype of ``x``.
+For MX formats this is exact emulation: every product of two codes and two scales is a float32, so a machine
+with such units differs only in the order of its sums. The price: float32 speed, and a weight that is read
+back on every call, a slice of rows at a time, so that it stays packed in memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from fourfold.formats import BlockTensor, get_format
+
+SLICE_VALUES = 2**20
+
+
+def linear(x: torch.Tensor, w: BlockTensor | torch.Tensor, activation: str | None = None) -> torch.Tensor:
+    """``x`` [..., K] (bfloat16 or float32) times ``w`` [N, K] transposed: [..., N] in the dtype of ``x``.
+
+    ``activation`` is a format name, or None to leave ``x`` as it is. Raises UsageError for an unknown format
+    and FourfoldError for a K that the format cannot hold.
+    """
+    values = activate(x.float(), activation).reshape(-1, x.shape[-1])
+    out = torch.empty(len(values), w.shape[0], dtype=torch.float32, device=x.device)
+    for rows in row_slices(w.shape, SLICE_VALUES):
+        torch.matmul(values, read_rows(w, rows).T, out=out[:, rows])
+    return out.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])
+
+
+def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """What ``x`` becomes in the format ``activation``, in the dtype of ``x``."""
+    return x if activation is None else get_format(activation).fake_quantize(x)
+
+
+def row_slices(shape: torch.Size, values: int) -> Iterator[slice]:
+    """Slices over the rows of a matrix of ``shape`` [N, K], each of at most ``values`` values or one row."""
+    n, k = shape
+    step = max(1, values // max(1, k))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def slice_rows(w: BlockTensor, rows: slice) -> BlockTensor:
+    """Some rows of ``w`` without copying; a scale that the whole tensor shares goes with each."""
+    return replace(w, blocks=w.blocks[rows], scales=w.scales[rows] if w.scales.ndim else w.scales)
+
+
+def read_rows(w: BlockTensor | torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some rows of ``w`` as float32."""
+    return slice_rows(w, rows).dequantize() if isinstance(w, BlockTensor) else w[rows].float()
