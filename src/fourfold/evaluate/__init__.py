@@ -2,7 +2,7 @@
 
 from fourfold.evaluate.corpus import default_texts, read_texts
 from fourfold.evaluate.gates import Gate, estimate_of, parse_gates
-from fourfold.evaluate.run import DEFAULT_TOKENS_PER_TEXT, DEFAULT_WINDOW_TOKENS, evaluate, task_names
+from fourfold.evaluate.quality import DEFAULT_TOKENS_PER_TEXT, DEFAULT_WINDOW_TOKENS, evaluate, task_names
 
 __all__ = [
     "DEFAULT_TOKENS_PER_TEXT",
