@@ -1,0 +1,130 @@
+"""What dense decoder architectures have in common: embed, a stack of layers, a last norm, a head.
+
+    x = embed(tokens);  for each layer: x += attention(norm(x)); x += mlp(norm(x));  logits = head(norm(x))
+
+An architecture's file says how its config reads and how one layer is built from the checkpoint's names.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourfold.core.errors import FourfoldError
+from fourfold.engine.attention import Attention
+from fourfold.engine.layers import FusedLinear, GatedMLP, Linear, RMSNorm
+from fourfold.engine.rotary import Rotary, rotate_
+from fourfold.engine.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes in a config, under one name each."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    eps: float
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Shape":
+        """Read a Hugging Face config. Raises FourfoldError naming the key that is missing or unusable."""
+        try:
+            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+            shape = cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                intermediate=int(config["intermediate_size"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                vocabulary=int(config["vocab_size"]),
+                max_positions=int(config["max_position_embeddings"]),
+                eps=float(config["rms_norm_eps"]),
+                tied=bool(config.get("tie_word_embeddings", False)),
+            )
+        except KeyError as error:
+            raise FourfoldError(
+                f"config.json has no {error}; restore the model's original config."
+            ) from error
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise FourfoldError(
+                f"config.json holds an unusable size ({error}); restore the original."
+            ) from error
+        if shape.heads % shape.kv_heads or config.get("hidden_act", "silu") != "silu":
+            raise FourfoldError(
+                f"config.json asks for {shape.heads} heads over {shape.kv_heads} key heads with activation "
+                f"'{config.get('hidden_act', 'silu')}'; the engine computes whole groups and silu only."
+            )
+        return shape
+
+
+class SelfAttention:
+    """Rotary attention with grouped key heads; ``qk_norm`` [q_heads + kv_heads, D] where heads are normed."""
+
+    __slots__ = ("eps", "head_dim", "output", "qk_norm", "qkv", "rotated")
+
+    def __init__(
+        self, shape: Shape, qkv: Linear | FusedLinear, output: Linear, qk_norm: Tensor | None = None
+    ):
+        self.qkv, self.output, self.qk_norm, self.eps = qkv, output, qk_norm, shape.eps
+        self.head_dim, self.rotated = shape.head_dim, shape.heads + shape.kv_heads
+
+    def __call__(self, x: Tensor, layer: int, angles: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """Attention output [T, hidden] for normed states x [T, hidden]."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        turning = qkv[:, : self.rotated]
+        if self.qk_norm is not None:
+            turning.copy_(F.rms_norm(turning, (self.head_dim,), None, self.eps).mul_(self.qk_norm))
+        rotate_(turning, angles)
+        return self.output(attention(layer, qkv))
+
+
+@dataclass(slots=True)
+class Layer:
+    """One transformer block, norms first."""
+
+    attention_norm: RMSNorm
+    attention: SelfAttention
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+
+
+class Decoder(ABC):
+    """A dense decoder in memory; calls are stateless, the attention object carries what differs by step."""
+
+    def __init__(self, config: dict[str, Any], weights: Weights):
+        self.shape = shape = Shape.of(config)
+        self.config, self.dtype = config, weights.dtype
+        embedding = (shape.vocabulary, shape.hidden)
+        self.embedding = weights.tensor("model.embed_tokens.weight", embedding)
+        self.rotary = Rotary(config, shape.head_dim, shape.max_positions, weights.dtype)
+        self.layers = [self.build_layer(weights, f"model.layers.{i}.") for i in range(shape.layers)]
+        self.norm = weights.norm("model.norm", shape.hidden, shape.eps)
+        own_head = not shape.tied or weights.is_packed("lm_head.weight")
+        self.head = weights.linear("lm_head", *embedding) if own_head else Linear(self.embedding)
+
+    @abstractmethod
+    def build_layer(self, weights: Weights, prefix: str) -> Layer:
+        """The layer whose parameters' names begin with ``prefix``."""
+
+    def hidden(self, token_ids: Tensor, attention: Attention) -> Tensor:
+        """States [T, hidden] before the last norm, for token ids [T] standing at attention.positions."""
+        x = F.embedding(token_ids, self.embedding)
+        angles = self.rotary.at(attention.positions)
+        for index, layer in enumerate(self.layers):
+            x.add_(layer.attention(layer.attention_norm(x), index, angles, attention))
+            x.add_(layer.mlp(layer.mlp_norm(x)))
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] in the model's dtype for hidden states [T, hidden]."""
+        return self.head(self.norm(hidden))

@@ -1,0 +1,229 @@
+"""The engine: a model, its tokenizer, a paged cache and a scheduler; requests in, tokens out.
+
+It is synchronous and for one thread: whoever owns it calls ``step`` while ``has_work``.
+"""
+
+import os
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fourfold import kernels
+from fourfold.checkpoint import Checkpoint, open_checkpoint
+from fourfold.core.errors import UsageError
+from fourfold.core.records import ModelCard
+from fourfold.engine.attention import DenseAttention, PagedAttention
+from fourfold.engine.decoder import Decoder
+from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
+from fourfold.engine.loading import build_kv_format, build_model, kv_block_count
+from fourfold.engine.requests import (
+    Completion,
+    EngineConfig,
+    EngineStats,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
+from fourfold.engine.sampling import SamplingState, choose
+from fourfold.engine.scheduler import Scheduler
+from fourfold.engine.sequence import Sequence
+from fourfold.engine.tokenizer import Tokenizer
+
+HEAD_SLICE_TOKENS = 128
+
+
+class Engine:
+    """A loaded model that continues many prompts at once. Make one with ``Engine.load``."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig):
+        threads = config.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+        kernels.set_threads(threads)
+        self.config = config
+        self._card = checkpoint.card()
+        self.tokenizer = Tokenizer.load(checkpoint)
+        self.model: Decoder = build_model(checkpoint, config)
+        shape = self.model.shape
+        self._kv_format = build_kv_format(checkpoint, self.model)
+        blocks = kv_block_count(config, shape, self._kv_format)
+        self.cache = KVCache(
+            shape.layers, blocks, config.kv_block_size, shape.kv_heads, shape.head_dim, self._kv_format
+        )
+        self.scheduler = Scheduler(config, BlockPool(blocks, config.kv_block_size, config.prefix_cache))
+        self._sequences: dict[str, Sequence] = {}
+        self._counters = EngineStats(kv_tokens_total=self.scheduler.pool.total * config.kv_block_size)
+
+    @classmethod
+    def load(cls, source: str | Path, config: EngineConfig | None = None) -> "Engine":
+        """Open ``source`` (folder, GGUF file or hub name) and hold it in memory, quantized weights packed.
+
+        Raises UsageError for an unknown architecture, FourfoldError for a checkpoint that does not hold
+        together or has no tokenizer.
+        """
+        return cls(open_checkpoint(source), config or EngineConfig())
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model is."""
+        return self._card
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence the model takes, in tokens."""
+        return self.model.shape.max_positions
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The longest request, prompt and output together, that the model and the KV cache can hold."""
+        return min(self.max_positions, self._counters.kv_tokens_total)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._sequences)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Gauges of this moment and counters since loading; a live record, read it and do not keep it."""
+        stats, scheduler = self._counters, self.scheduler
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.kv_tokens_used = (scheduler.pool.total - len(scheduler.pool.free)) * self.config.kv_block_size
+        stats.prefix_hit_tokens, stats.preemptions = scheduler.prefix_hit_tokens, scheduler.preemptions
+        return stats
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises UsageError when it can never run: empty, too long, or an id in use."""
+        limit = self._check(request)
+        sampling, eos = request.sampling, self.tokenizer.eos_token_ids
+        self._sequences[request.request_id] = sequence = Sequence(
+            request,
+            BlockTable(self.scheduler.pool),
+            SamplingState(sampling, request.prompt_token_ids, self.model.shape.vocabulary, eos),
+            self.tokenizer.stream(),
+            set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else eos),
+            limit,
+        )
+        self._counters.prompt_tokens += len(request.prompt_token_ids)
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free its cache; no output follows. False when it is not (or no longer) here."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        self.scheduler.remove(sequence)
+        self._counters.aborted += 1
+        return True
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenOutput]:
+        """One forward pass over the next batch. Returns one output for each sequence that got a token."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        token_ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
+        hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
+        self._counters.steps += 1
+        for chunk in chunks:
+            self.scheduler.computed(chunk)
+        ends = np.cumsum([chunk.count for chunk in chunks]) - 1
+        rows = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.yields_token]
+        if not rows:
+            return []
+        logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        sequences = [chunk.sequence for chunk in chunks if chunk.yields_token]
+        choices = choose(logits, [sequence.sampling for sequence in sequences])
+        outputs = [sequence.accept(choice) for sequence, choice in zip(sequences, choices, strict=True)]
+        self._counters.generated_tokens += len(outputs)
+        self._retire([s for s, o in zip(sequences, outputs, strict=True) if o.finish_reason])
+        return outputs
+
+    def generate(
+        self, prompts: Seq[str | list[int]], sampling: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue all prompts to their ends; text gets the model's special tokens, as in its training.
+
+        ``sampling`` is one for all, or one for each. Raises UsageError as ``add`` does, or when other
+        requests are unfinished, whose outputs would be lost.
+        """
+        if self.has_work:
+            raise UsageError("generate needs an idle engine: finish or abort the other requests first.")
+        one = sampling or SamplingParams() if not isinstance(sampling, Seq) else None
+        each = [one] * len(prompts) if one is not None else list(sampling or [])
+        ids = [
+            p if isinstance(p, list) else self.tokenizer.encode(p, add_special_tokens=True) for p in prompts
+        ]
+        done = {str(i): Completion(tokens, [], "", "length") for i, tokens in enumerate(ids)}
+        try:
+            for (key, completion), params in zip(done.items(), each, strict=True):
+                self.add(Request(key, completion.prompt_token_ids, params))
+            while self.has_work:
+                for output in self.step():
+                    done[output.request_id].extend(output)
+        finally:
+            for key in done:
+                self.abort(key)
+        return list(done.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens added."""
+        return self.tokenizer.encode(text)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """Float32 logits [T, V] for a sequence of T token ids, each row predicting the next token.
+
+        One pass, beside the paged cache. Raises UsageError for no tokens, too many, or unknown ones.
+        """
+        self._check_tokens(token_ids)
+        if len(token_ids) > self.max_positions:
+            raise UsageError(
+                f"{len(token_ids)} tokens are more than the model's {self.max_positions} positions."
+            )
+        attention = DenseAttention(len(token_ids), self.model.shape.kv_heads, self._kv_format)
+        hidden = self.model.hidden(torch.tensor(token_ids), attention)
+        result = np.empty((len(token_ids), self.model.shape.vocabulary), dtype=np.float32)
+        for start in range(0, len(token_ids), HEAD_SLICE_TOKENS):
+            piece = self.model.logits(hidden[start : start + HEAD_SLICE_TOKENS])
+            torch.from_numpy(result[start : start + HEAD_SLICE_TOKENS]).copy_(piece)
+        return result
+
+    def _retire(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.scheduler.remove(sequence)
+            del self._sequences[sequence.request.request_id]
+        self._counters.finished += len(sequences)
+
+    def _check(self, request: Request) -> int:
+        """The length in tokens at which ``request`` ends. Raises UsageError when it can never run."""
+        if request.request_id in self._sequences:
+            raise UsageError(f"A request with id '{request.request_id}' is unfinished; choose another id.")
+        self._check_tokens(request.prompt_token_ids)
+        prompt, room = len(request.prompt_token_ids), self.max_request_tokens
+        if prompt >= self.max_positions:
+            raise UsageError(
+                f"The prompt has {prompt} tokens, but prompt and output share the model's "
+                f"{self.max_positions} positions. Shorten the prompt."
+            )
+        wanted = min(prompt + (request.sampling.max_tokens or room), self.max_positions)
+        if request.sampling.max_tokens is None and prompt < room:
+            wanted = room
+        if wanted > room:
+            raise UsageError(
+                f"The request may grow to {wanted} tokens ({prompt} of prompt), but the KV cache holds "
+                f"{room}. Ask for fewer tokens, or load the model with a larger kv_cache_tokens."
+            )
+        return wanted
+
+    def _check_tokens(self, token_ids: list[int]) -> None:
+        """Raises UsageError when there are none, or one is outside the vocabulary."""
+        vocabulary = self.model.shape.vocabulary
+        if not token_ids:
+            raise UsageError("There are no tokens: a prompt needs at least one.")
+        if min(token_ids) < 0 or max(token_ids) >= vocabulary:
+            raise UsageError(
+                f"Token ids run from {min(token_ids)} to {max(token_ids)}, but this model knows 0 to "
+                f"{vocabulary - 1}. Encode the text with this model's own tokenizer."
+            )

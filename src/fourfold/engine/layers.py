@@ -1,0 +1,67 @@
+"""The pieces that model architectures are made of. All take and return rows of tokens: [T, features]."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourfold.formats import BlockTensor
+from fourfold.kernels import linear
+
+
+class Linear:
+    """x W^T + b with W [out, in] as it is held: a plain tensor, or packed blocks that stay packed.
+
+    ``activation`` names the format that x is rounded to first, as the checkpoint's scheme says.
+    """
+
+    __slots__ = ("activation", "bias", "weight")
+
+    def __init__(
+        self, weight: Tensor | BlockTensor, bias: Tensor | None = None, activation: str | None = None
+    ):
+        self.weight, self.bias, self.activation = weight, bias, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [..., in] -> [..., out]."""
+        y = linear(x, self.weight, self.activation)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class FusedLinear:
+    """Several linear layers of one input, outputs side by side: parts that could not become one weight."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: list[Linear]):
+        self.parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [..., in] -> [..., sum of out]."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    __slots__ = ("eps", "shape", "weight")
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps, self.shape = weight, eps, (weight.shape[-1],)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [..., size] -> the same shape."""
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)), gate and up computed as one."""
+
+    __slots__ = ("down", "gate_up")
+
+    def __init__(self, gate_up: Linear | FusedLinear, down: Linear):
+        self.gate_up, self.down = gate_up, down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """X [T, hidden] -> [T, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up))

@@ -1,0 +1,69 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and the ways configs stretch it.
+
+Channel pairs (i, i + D/2) turn by position * theta^(-2i/D). ``linear`` divides all frequencies by a factor;
+``llama3`` (Llama 3.1) divides the low ones, keeps the high ones and blends between. The table of all
+positions is made once: 2 * max_positions * D values in the model's dtype.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.core.errors import FourfoldError
+
+
+class Rotary:
+    """Tables of cos and signed sin, [max_positions, D]."""
+
+    def __init__(self, config: dict[str, Any], head_dim: int, max_positions: int, dtype: torch.dtype):
+        angles = torch.outer(torch.arange(max_positions).float(), frequencies(config, head_dim))
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.cat([cos, cos], -1).to(dtype)
+        self.sin = torch.cat([-sin, sin], -1).to(dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [T, 1, D] for ``positions`` [T]: computed once a step, used by every layer."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def rotate_(heads: Tensor, angles: tuple[Tensor, Tensor]) -> None:
+    """Turn ``heads`` [T, H, D] in place by ``Rotary.at``'s angles."""
+    cos, sin = angles
+    turned = heads.roll(heads.shape[-1] // 2, -1).mul_(sin)
+    torch.addcmul(turned, heads, cos, out=heads)
+
+
+def frequencies(config: dict[str, Any], head_dim: int) -> Tensor:
+    """Turning speeds [D/2], radians per position. Raises FourfoldError for a kind of scaling not known."""
+    rope = rope_parameters(config)
+    speeds = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return speeds
+    if kind == "linear":
+        return speeds / rope["factor"]
+    if kind == "llama3":
+        return llama3_frequencies(speeds, rope)
+    raise FourfoldError(
+        f"The config's rope type '{kind}' is not known to the engine, which has: default, linear, llama3. "
+        "Use a model with one of these."
+    )
+
+
+def llama3_frequencies(speeds: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Llama 3.1's scaling: waves longer than the old context are stretched, short ones kept."""
+    old, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = old * speeds / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * speeds / factor + kept * speeds
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before), in one shape."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope

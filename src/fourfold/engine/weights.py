@@ -1,0 +1,80 @@
+"""From a checkpoint's tensors to layers: checked, fused where inputs are shared, blocks kept packed."""
+
+import torch
+from torch import Tensor
+
+from fourfold.checkpoint import Checkpoint
+from fourfold.core.errors import FourfoldError
+from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
+from fourfold.formats import BlockTensor
+
+
+class Weights:
+    """A checkpoint seen as layers of one dtype. Kept weights are cast to ``dtype`` (never quantized ones)."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self._names = set(checkpoint.names())
+
+    def is_packed(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter ``name``, and in blocks."""
+        return name in self._names and self.checkpoint.info(name).format is not None
+
+    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
+        """A parameter as held. Raises FourfoldError when it is missing or not of ``shape``."""
+        if name not in self._names:
+            raise FourfoldError(
+                f"{self.checkpoint.source} has no tensor '{name}', which its config's architecture needs. "
+                "The checkpoint is incomplete or its config.json belongs to another model; fetch it again."
+            )
+        value = self.checkpoint.load(name)
+        if tuple(value.shape) != shape:
+            raise FourfoldError(
+                f"Tensor '{name}' of {self.checkpoint.source} has shape {list(value.shape)}, but "
+                f"its config.json says {list(shape)}. The config is of another model, or one is damaged."
+            )
+        return value if isinstance(value, BlockTensor) else value.to(self.dtype)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter as a plain tensor of the engine's dtype, dequantized if it is held in blocks."""
+        value = self.raw(name, shape)
+        return value.dequantize(self.dtype) if isinstance(value, BlockTensor) else value
+
+    def norm(self, module: str, size: int, eps: float) -> RMSNorm:
+        """The RMSNorm ``module`` over ``size`` features."""
+        return RMSNorm(self.tensor(f"{module}.weight", (size,)), eps)
+
+    def linear(self, module: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
+        """The linear layer ``module``, its weight [out, in] as held and its scheme's activation format."""
+        weight = self.raw(f"{module}.weight", (out_features, in_features))
+        offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
+        scheme = self.checkpoint.quantization.layer(module)
+        return Linear(weight, offset, scheme.activation if scheme else None)
+
+    def fused(
+        self, prefix: str, outs: dict[str, int], in_features: int, bias: bool = False
+    ) -> Linear | FusedLinear:
+        """Layers ``prefix`` + name of one input, rows one after the other, as one weight where possible."""
+        parts = [self.linear(prefix + name, size, in_features, bias) for name, size in outs.items()]
+        weight = concatenate([part.weight for part in parts])
+        if weight is None or len({part.activation for part in parts}) > 1:
+            return FusedLinear(parts)
+        offsets = [part.bias for part in parts if part.bias is not None]
+        return Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation)
+
+
+def concatenate(weights: list[Tensor | BlockTensor]) -> Tensor | BlockTensor | None:
+    """Weights [n_i, K] as one [sum n_i, K]; None when held differently or with a tensor-wide scale."""
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    if len(plain) == len(weights):
+        return torch.cat(plain)
+    packed = [w for w in weights if isinstance(w, BlockTensor)]
+    by_row = all(w.scales.ndim == 2 and w.global_scale is None for w in packed)
+    if plain or not by_row or len({(w.format, w.scale_rule) for w in packed}) > 1:
+        return None
+    return BlockTensor(
+        packed[0].format,
+        torch.cat([w.blocks for w in packed]),
+        torch.cat([w.scales for w in packed]),
+        packed[0].scale_rule,
+    )
