@@ -150,14 +150,14 @@ class Engine:
         """
         if self.has_work:
             raise UsageError("generate needs an idle engine: finish or abort the other requests first.")
-        one = sampling or SamplingParams() if not isinstance(sampling, Seq) else None
-        each = [one] * len(prompts) if one is not None else list(sampling or [])
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or SamplingParams()] * len(prompts)
         ids = [
             p if isinstance(p, list) else self.tokenizer.encode(p, add_special_tokens=True) for p in prompts
         ]
         done = {str(i): Completion(tokens, [], "", "length") for i, tokens in enumerate(ids)}
         try:
-            for (key, completion), params in zip(done.items(), each, strict=True):
+            for (key, completion), params in zip(done.items(), sampling, strict=True):
                 self.add(Request(key, completion.prompt_token_ids, params))
             while self.has_work:
                 for output in self.step():

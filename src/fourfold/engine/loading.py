@@ -14,7 +14,7 @@ from fourfold.engine.weights import Weights
 
 ARCHITECTURES = Registry("fourfold.engine.models", "MODEL", "architecture")
 DEFAULT_KV_BYTES = 1 << 30
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def build_model(checkpoint: Checkpoint, config: EngineConfig) -> Decoder:

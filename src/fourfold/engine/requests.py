@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from fourfold.core.records import Record
 
 FinishReason = Literal["stop", "length"]
-DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+DtypeName = Literal["auto", "bfloat16", "float32"]
 
 
 class EngineConfig(Record):
