@@ -47,7 +47,8 @@ def evaluate(
     check_json_path(json)
     gates = parse_gates(gate or [], has_base=against is not None)
     texts = read_texts(text) if text else default_texts()
-    config = EngineConfig(threads=threads)
+    # logits of whole windows go past the paged cache, so that one block of it is enough
+    config = EngineConfig(threads=threads, kv_cache_tokens=16)
     engine = Engine.load(model, config)
     base = None if against is None else Engine.load(against, config)
     with progress_bar("windows") as progress:
@@ -72,9 +73,7 @@ def show(record: "EvaluationRecord") -> None:
 
     from fourfold.cli.output import estimate_text, stdout
 
-    table = Table(
-        title=_title(record), title_justify="left", caption_justify="left", caption=_caption(record)
-    )
+    table = Table()
     names = ["text", "tokens", "perplexity"]
     if record.base is not None:
         names += ["of the base", "ratio", "KL, nats/token", "top-1 agreement"]
@@ -90,12 +89,14 @@ def show(record: "EvaluationRecord") -> None:
                 estimate_text(quality.top1_agreement, 1, percent=True),
             ]
         table.add_row(*cells, style="bold" if name == "overall" else None)
+    stdout.print(_heading(record))
     stdout.print(table)
+    stdout.print(_remarks(record))
     for result in record.gates:
         stdout.print(_verdict(record, result))
 
 
-def _title(record: "EvaluationRecord") -> str:
+def _heading(record: "EvaluationRecord") -> str:
     cards = [record.model] if record.base is None else [record.model, record.base]
     lines = [
         f"{card.name}: {card.weight_format}, {card.bits_per_weight:.2f} bits per weight" for card in cards
@@ -103,7 +104,7 @@ def _title(record: "EvaluationRecord") -> str:
     return "\nagainst ".join(lines)
 
 
-def _caption(record: "EvaluationRecord") -> str:
+def _remarks(record: "EvaluationRecord") -> str:
     notes = {note for card in (record.model, record.base) if card is not None for note in card.notes}
     windows = f"{record.overall.windows} windows of {record.window_tokens} tokens"
     lines = [f"{windows}; below each value its 95 % interval."]
