@@ -1,0 +1,137 @@
+"""From a checkpoint and a recipe to the model to be made: every tensor's fate, decided before anything is
+read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from fourfold.checkpoint import Checkpoint, TensorInfo
+from fourfold.compress.experts import parse_fused, unfuse, unknown_layout
+from fourfold.compress.model import Entry, FusedReader, Model, plain, retyped
+from fourfold.compress.names import check_orientation, kept_reason, looks_stacked, module_of, not_linear
+from fourfold.compress.recipe import Recipe, first_match
+from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.quantization import LayerScheme, Quantization
+from fourfold.formats import get_format
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROUNDED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The model before its passes, and why each kept tensor is kept."""
+
+    model: Model
+    kept: dict[str, str]
+
+
+def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
+    """Decide about every tensor of ``checkpoint``.
+
+    Raises FourfoldError for a shape or a layout that cannot be rounded, UsageError for a source that is
+    quantized already.
+    """
+    _refuse_quantized(checkpoint, recipe)
+    entries: dict[str, Entry] = {}
+    layers: dict[str, LayerScheme] = {}
+    kept: dict[str, str] = {}
+    for name, entry in _entries(checkpoint, recipe):
+        reason = _reason(name, entry.info, recipe)
+        if reason is None:
+            layers[module_of(name)] = _scheme(name, entry.info, recipe, checkpoint)
+        else:
+            entry, kept[name] = _cast(entry, recipe), reason
+        entries[name] = entry
+    if recipe.formats and not layers:
+        raise UsageError(
+            f"The recipe '{recipe.name}' rounds nothing in {checkpoint.source}: no linear weight of a "
+            "decoder layer matches its rules. Look at the names with --recipe bf16 --dry-run."
+        )
+    return Resolved(
+        Model(checkpoint.config, entries, Quantization(layers=layers, kv_cache=recipe.kv_cache)), kept
+    )
+
+
+def _entries(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, Entry]]:
+    """The checkpoint's tensors, with fused experts in pieces wherever a rule rounds one of them."""
+    infos = {name: checkpoint.info(name) for name in checkpoint.names()}
+    shapes = {name: info.shape for name, info in infos.items()}
+    reader = FusedReader(checkpoint)
+    for name, info in infos.items():
+        pieces = unfuse(name, shapes, checkpoint.config) if _wants_pieces(name, info, recipe) else []
+        for piece in pieces:
+            dtype = info.dtype or torch.bfloat16
+            nbytes = torch.Size(piece.shape).numel() * dtype.itemsize
+            of_piece = TensorInfo(piece.name, piece.shape, dtype, None, nbytes)
+            yield piece.name, Entry(of_piece, partial(reader.take, name, piece), info)
+        if not pieces:
+            yield name, Entry(info, partial(checkpoint.load, name), info)
+
+
+def _wants_pieces(name: str, info: TensorInfo, recipe: Recipe) -> bool:
+    """Whether ``name`` holds fused experts of which the recipe rounds at least one."""
+    fused = parse_fused(name, info.shape)
+    if fused is None or first_match(recipe.keep, module_of(name)):
+        return False
+    wanted = (
+        f"{fused.experts}.{expert}.{projection}.weight"
+        for expert in range(info.shape[0])
+        for projection in fused.projections
+    )
+    return any(kept_reason(one, recipe) is None for one in wanted)
+
+
+def _reason(name: str, info: TensorInfo, recipe: Recipe) -> str | None:
+    """Why the tensor is kept, or None when it is rounded. Raises FourfoldError for what nobody can tell."""
+    if not recipe.formats:
+        return "no rule matches"
+    if parse_fused(name, info.shape):
+        return "experts kept by the recipe"
+    reason = not_linear(name, info.shape) or kept_reason(name, recipe)
+    if reason and looks_stacked(name, info.shape) and not first_match(recipe.keep, module_of(name)):
+        raise unknown_layout(name, info.shape, "its layout")
+    return reason
+
+
+def _scheme(name: str, info: TensorInfo, recipe: Recipe, checkpoint: Checkpoint) -> LayerScheme:
+    """The scheme of a weight that is rounded, once it is seen that it can be."""
+    check_orientation(name, checkpoint.config)
+    rule = recipe.rule_for(module_of(name))
+    scheme = rule and rule.scheme()
+    assert scheme is not None
+    block_format = get_format(scheme.weight)
+    if block_format.block_size and info.shape[-1] % block_format.block_size:
+        raise FourfoldError(
+            f"{name} has the shape {list(info.shape)}: its input dimension {info.shape[-1]} is no multiple "
+            f"of {block_format.block_size}, the block of {scheme.weight}. Nothing was written. Add a `keep` "
+            f"entry '{module_of(name)}' to the recipe, or choose a format with smaller blocks."
+        )
+    if info.dtype not in ROUNDED_DTYPES:
+        raise FourfoldError(
+            f"{name} is stored as {str(info.dtype).removeprefix('torch.')}, from which Fourfold does not "
+            f"round. Bring the model to bf16 first, or add a `keep` entry '{module_of(name)}' to the recipe."
+        )
+    if scheme.scale_rule is None and block_format.default_rule is not None:
+        return scheme.model_copy(update={"scale_rule": block_format.default_rule.value})
+    return scheme
+
+
+def _cast(entry: Entry, recipe: Recipe) -> Entry:
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    if dtype is None:
+        return entry
+    return replace(entry, info=retyped(entry.info, dtype), load=lambda: plain(entry.load(), dtype))
+
+
+def _refuse_quantized(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    held = sorted({info.format for info in map(checkpoint.info, checkpoint.names()) if info.format})
+    if held and (recipe.formats or recipe.dtype is None):
+        raise UsageError(
+            f"{checkpoint.source} is quantized already ({', '.join(held)}), and rounding rounded weights "
+            "again would lose accuracy without a trace. Start from the original model; to change only the "
+            "dialect use `fourfold convert`, to expand it to bf16 the recipe bf16."
+        )
