@@ -8,6 +8,8 @@ import typer
 if TYPE_CHECKING:
     from fourfold.core.records import EvaluationRecord, GateResult
 
+COLUMNS = ("perplexity", "base", "ratio", "KL", "agreement")
+
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub name.")],
@@ -69,31 +71,30 @@ def evaluate(
 
 def show(record: "EvaluationRecord") -> None:
     """Print the record for a person."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from fourfold.cli.output import estimate_text, stdout
 
-    table = Table()
-    names = ["text", "tokens", "perplexity"]
-    if record.base is not None:
-        names += ["of the base", "ratio", "KL, nats/token", "top-1 agreement"]
-    for name in names:
-        table.add_column(name, justify="left" if name == "text" else "right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("text", overflow="fold")
+    for name in COLUMNS if record.base is not None else COLUMNS[:1]:
+        table.add_column(name, justify="right", no_wrap=True)
     for name, quality in [*record.texts.items(), ("overall", record.overall)]:
-        cells = [name, str(quality.tokens), estimate_text(quality.perplexity, 2)]
+        cells = [estimate_text(quality.perplexity, 2)]
         if record.base is not None:
             cells += [
-                estimate_text(quality.perplexity_base, 2),
+                f"{quality.perplexity_base.value:.2f}" if quality.perplexity_base else "",
                 estimate_text(quality.perplexity_ratio, 4),
                 estimate_text(quality.kl_divergence, 4),
                 estimate_text(quality.top1_agreement, 1, percent=True),
             ]
-        table.add_row(*cells, style="bold" if name == "overall" else None)
-    stdout.print(_heading(record))
+        table.add_row(name, *cells, style="bold" if name == "overall" else None)
+    stdout.print(_heading(record), soft_wrap=True)
     stdout.print(table)
-    stdout.print(_remarks(record))
+    stdout.print(_remarks(record), soft_wrap=True)
     for result in record.gates:
-        stdout.print(_verdict(record, result))
+        stdout.print(_verdict(record, result), soft_wrap=True)
 
 
 def _heading(record: "EvaluationRecord") -> str:
@@ -106,8 +107,13 @@ def _heading(record: "EvaluationRecord") -> str:
 
 def _remarks(record: "EvaluationRecord") -> str:
     notes = {note for card in (record.model, record.base) if card is not None for note in card.notes}
-    windows = f"{record.overall.windows} windows of {record.window_tokens} tokens"
+    overall = record.overall
+    windows = f"{overall.tokens} tokens scored in {overall.windows} windows of {record.window_tokens}"
     lines = [f"{windows}; below each value its 95 % interval."]
+    if record.base is not None:
+        lines += [
+            "KL: mean KL(base || model), nats per token. Agreement: both have the same likeliest token."
+        ]
     return "\n".join([*lines, *(f"Note: {note}" for note in sorted(notes))])
 
 

@@ -48,6 +48,19 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def bytes_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """The same for bytes; yields ``update(done, total, name of what was done last)``."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, description=f"{label} {name}"
+        )
+
+
 def bytes_text(count: float) -> str:
     """Bytes in decimal units: 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -66,4 +79,4 @@ def estimate_text(estimate: Estimate | None, digits: int = 3, percent: bool = Fa
     def number(x: float) -> str:
         return f"{x * scale:.{digits}f}" if abs(x) < 1e6 else f"{x:.1e}"
 
-    return f"{number(estimate.value)}{unit}\n[dim]{number(estimate.low)} – {number(estimate.high)}[/dim]"
+    return f"{number(estimate.value)}{unit}\n[dim]{number(estimate.low)}–{number(estimate.high)}[/dim]"
