@@ -1,4 +1,4 @@
-"""Checkpoints in and out: safetensors folders in several dialects, GGUF files, hub names; streamed, crash-safe."""
+"""Checkpoints in and out: safetensors folders in several dialects, GGUF files, hub names."""
 
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import dialect_names

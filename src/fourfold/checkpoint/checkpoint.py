@@ -47,7 +47,7 @@ class Checkpoint:
         self._infos = tensors.infos()
 
     def names(self) -> list[str]:
-        """Logical parameter names in file order; a weight's scales belong to the weight and are not listed."""
+        """Logical parameter names in file order; scales belong to their weight and are not listed."""
         return list(self._infos)
 
     def info(self, name: str) -> TensorInfo:
@@ -79,7 +79,10 @@ class Checkpoint:
         return tokenizer_files(self.folder) if self.folder else []
 
     def write_tokenizer(self, folder: Path) -> list[Path]:
-        """Put the tokenizer with its chat template into ``folder``. Raises FourfoldError when there is none."""
+        """Put the tokenizer with its chat template into ``folder``.
+
+        Raises FourfoldError when there is none.
+        """
         files = self.tokenizer_files()
         if not files:
             raise FourfoldError(

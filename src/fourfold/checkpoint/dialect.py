@@ -1,8 +1,8 @@
-"""What a dialect is: the mapping between logical tensors and what one ecosystem stores and says in config.json.
+"""What a dialect is: the mapping between logical tensors and what one ecosystem stores and says.
 
-Inside Fourfold a quantized tensor is one BlockTensor under its parameter's name; on disk it is two to four tensors
-with the dialect's names and dtypes. A dialect never changes a number: it renames, reinterprets bytes, and
-writes or reads ``quantization_config``.
+Inside Fourfold a quantized tensor is one BlockTensor under its parameter's name; on disk it is two to four
+tensors with the dialect's names and dtypes. A dialect never changes a number: it renames, reinterprets bytes,
+and writes or reads ``quantization_config``.
 """
 
 import re
@@ -31,6 +31,7 @@ class Entry:
 
     info: TensorInfo
     parts: dict[str, StoredTensor]
+    scale_rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Dialect(Protocol):
         stored: dict[str, StoredTensor],
         load: Callable[[StoredTensor], torch.Tensor],
     ) -> Reading:
-        """Group the stored tensors into logical ones. Raises FourfoldError when config and tensors disagree."""
+        """Group the stored tensors into logical ones.
+
+        Raises FourfoldError when config and tensors disagree.
+        """
         ...
 
     def assemble(
@@ -68,7 +72,10 @@ class Dialect(Protocol):
         ...
 
     def plan(self, info: TensorInfo) -> list[PlannedTensor]:
-        """What will be stored for ``info``. Raises UsageError for a format that the dialect cannot express."""
+        """What will be stored for ``info``.
+
+        Raises UsageError for a format that the dialect cannot express.
+        """
         ...
 
     def store(self, info: TensorInfo, value: torch.Tensor | BlockTensor) -> list[torch.Tensor]:
@@ -103,7 +110,7 @@ def plain_entry(stored: StoredTensor) -> Entry:
 
 
 def kept_linears(infos: Iterable[TensorInfo]) -> list[str]:
-    """Modules with a 2-D weight that is not quantized and no embedding: what an ecosystem must be told to leave.
+    """Modules with a plain 2-D weight that is no embedding: what an ecosystem must be told to leave.
 
     A tied lm_head has no tensor of its own, but is a module all the same, so it is always considered.
     """

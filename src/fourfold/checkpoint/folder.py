@@ -107,12 +107,12 @@ def _single_file(folder: Path) -> str:
         return names[0]
     if names:
         raise FourfoldError(
-            f"{folder} holds {len(names)} safetensors files but no {INDEX} that says which belong to the model. "
-            "Fetch the index from the model's origin."
+            f"{folder} holds {len(names)} safetensors files but no {INDEX} that says which belong to the "
+            "model. Fetch the index from the model's origin."
         )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise UsageError(
-            f"{folder} holds pickled weights (.bin or .pt), which Fourfold does not open because pickle runs code. "
-            "Convert them to safetensors first (transformers: save_pretrained)."
+            f"{folder} holds pickled weights (.bin or .pt), which Fourfold does not open because pickle "
+            "runs code. Convert them to safetensors first (transformers: save_pretrained)."
         )
     raise FourfoldError(f"{folder} holds no *.safetensors file. Check the path, or fetch the weights.")

@@ -1,4 +1,4 @@
-"""A model by its hub name: from the local cache when it is there, else downloaded; weights in safetensors only."""
+"""A model by its hub name: from the local cache, else downloaded; weights in safetensors only."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "spiece.model
 def download(name: str) -> Path:
     """The folder of the hub model ``name`` (``owner/model``) on this machine.
 
-    Raises UsageError when ``name`` cannot be a hub name (most often a mistyped path), FourfoldError when it is
-    neither in the cache nor to be had.
+    Raises UsageError when ``name`` cannot be a hub name (most often a mistyped path), FourfoldError when it
+    is neither in the cache nor to be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -36,7 +36,8 @@ class Journal:
         existed = work.is_dir()
         if existed and not resume:
             raise UsageError(
-                f"{work} holds the work of an interrupted run. Continue it with --resume, or delete that folder."
+                f"{work} holds the work of an interrupted run. Continue it with --resume, or delete that "
+                "folder."
             )
         work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(work)
@@ -82,8 +83,8 @@ class Journal:
             old, new = previous.fingerprint.get(field), fingerprint.get(field)
             if old != new:
                 raise UsageError(
-                    f"{self.work} was started with another {field}: {old} then, {new} now. Repeat the command as it "
-                    "was, or delete that folder to start anew."
+                    f"{self.work} was started with another {field}: {old} then, {new} now. Repeat the "
+                    "command as it was, or delete that folder to start anew."
                 )
         # a shard that was damaged since is simply written again
         kept = {f: h for f, h in previous.shards.items() if _matches(self.work / f, h)}

@@ -79,8 +79,9 @@ def manifest_of(folder: Path) -> Manifest | None:
         return read_manifest(folder)
     except (pydantic.ValidationError, ValueError) as error:
         raise FourfoldError(
-            f"{folder / MANIFEST_NAME} cannot be understood ({short(str(error).splitlines()[0])}). It was changed by "
-            "hand, or written by a newer Fourfold: update, or remove the file to read the folder without it."
+            f"{folder / MANIFEST_NAME} cannot be understood ({short(str(error).splitlines()[0])}). It was "
+            "changed by hand, or written by a newer Fourfold: update, or remove the file to read the folder "
+            "without it."
         ) from error
 
 
@@ -88,7 +89,8 @@ def _detect(folder: Path, config: dict[str, Any]) -> Dialect:
     quantization_config = config.get(QUANTIZATION_CONFIG)
     if quantization_config is not None and not isinstance(quantization_config, dict):
         raise FourfoldError(
-            f"{folder / 'config.json'} has a {QUANTIZATION_CONFIG} that is not an object. Copy config.json again."
+            f"{folder / 'config.json'} has a {QUANTIZATION_CONFIG} that is not an object. Copy config.json "
+            "again."
         )
     claiming = filter(lambda d: d.claims(quantization_config), map(get_dialect, DIALECTS.names()))
     dialect = next(claiming, None)

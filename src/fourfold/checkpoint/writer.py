@@ -2,8 +2,8 @@
 
 Work happens in ``OUT.partial``. Which tensor goes into which shard, and every byte offset, is planned from
 names, shapes and formats before the first tensor is computed; a journal lists the shards that are on disk. A
-run that was killed continues with ``resume`` and gives the same bytes as one that was not. Only the last step,
-after the manifest with every file's hash, gives the folder its name ``OUT``.
+run that was killed continues with ``resume`` and gives the same bytes as one that was not. Only the last
+step, after the manifest with every file's hash, gives the folder its name ``OUT``.
 """
 
 import hashlib
@@ -122,8 +122,8 @@ class CheckpointPlan:
             for planned in self.planned(info):
                 if planned.name in seen:
                     raise FourfoldError(
-                        f"Two tensors would be stored as '{planned.name}' in the dialect {self.dialect.name}. "
-                        "Remove one of them from the source."
+                        f"Two tensors would be stored as '{planned.name}' in the dialect "
+                        f"{self.dialect.name}. Remove one of them from the source."
                     )
                 seen.add(planned.name)
 
@@ -177,8 +177,8 @@ class CheckpointWriter:
     def shard(self, index: int) -> Iterator[ShardWriter]:
         """Write one shard: every tensor of ``shards[index].tensors``, preferably in that order.
 
-        The shard counts as written when the block ends without an exception. Raises FourfoldError when the disk
-        is full, or a tensor is missing or not as planned; finished shards stay.
+        The shard counts as written when the block ends without an exception. Raises FourfoldError when the
+        disk is full, or a tensor is missing or not as planned; finished shards stay.
         """
         shard = self.shards[index]
         planned = [stored for info in shard.tensors for stored in self.plan.planned(info)]
@@ -198,8 +198,8 @@ class CheckpointWriter:
     ) -> Manifest:
         """Write all that is not a shard, then give the folder its name. Returns the manifest.
 
-        ``card`` defaults to what the plan says, with ``notes``. ``write_tokenizer`` (``Checkpoint.write_tokenizer``)
-        puts the tokenizer's files into the folder it is given.
+        ``card`` defaults to what the plan says, with ``notes``. ``write_tokenizer``
+        (``Checkpoint.write_tokenizer``) puts the tokenizer's files into the folder it is given.
         """
         if pending := self.pending():
             raise FourfoldError(f"{self.work} still lacks {len(pending)} shards, first {pending[0].file}.")
@@ -248,8 +248,10 @@ class CheckpointWriter:
 
     def _write_manifest(self, source: str, recipe: dict[str, Any] | None, card: ModelCard) -> Manifest:
         hashes = self._journal.done()
+        # a run that was killed here leaves its own manifest, or a file that never got its name
+        skipped = {*hashes, *self._journal.own_files(), MANIFEST_NAME}
         for path in sorted(self.work.iterdir()):
-            if path.is_file() and path.name not in hashes and path.name not in self._journal.own_files():
+            if path.is_file() and path.name not in skipped and path.suffix != ".tmp":
                 hashes[path.name] = sha256_of(path)
         manifest = Manifest(
             fourfold_version=__version__,
@@ -304,8 +306,8 @@ def _plan_kv(
     modules = [i.name.removesuffix(".weight") for i in tensors if i.name.endswith(CACHED_PROJECTIONS)]
     if not modules:
         raise UsageError(
-            "The recipe asks for an FP8 KV cache, but the model has no k_proj and v_proj to put its scales beside. "
-            "Use a recipe without kv_cache."
+            "The recipe asks for an FP8 KV cache, but the model has no k_proj and v_proj to put its scales "
+            "beside. Use a recipe without kv_cache."
         )
     return {m + ".weight": (dialect.kv_plan(m), scales.get(m, 1.0)) for m in modules}
 
@@ -314,6 +316,6 @@ def _check_value(info: TensorInfo, value: torch.Tensor | BlockTensor) -> None:
     given = value.format if isinstance(value, BlockTensor) else None
     if given != info.format or tuple(value.shape) != info.shape:
         raise FourfoldError(
-            f"Tensor '{info.name}' was planned as {info.format or info.dtype} {list(info.shape)}, but came as "
-            f"{given or getattr(value, 'dtype', None)} {list(value.shape)}."
+            f"Tensor '{info.name}' was planned as {info.format or info.dtype} {list(info.shape)}, but came "
+            f"as {given or getattr(value, 'dtype', None)} {list(value.shape)}."
         )

@@ -55,8 +55,8 @@ class Plain:
     def kv_plan(self, module: str) -> PlannedTensor:
         """A plain folder has no place for a KV format."""
         raise UsageError(
-            "The dialect 'plain' cannot say that the KV cache is fp8. Choose --dialect compressed-tensors or quark, "
-            "or a recipe without kv_cache."
+            "The dialect 'plain' cannot say that the KV cache is fp8. Choose --dialect compressed-tensors "
+            "or quark, or a recipe without kv_cache."
         )
 
     def quantization_config(

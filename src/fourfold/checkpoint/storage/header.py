@@ -4,7 +4,8 @@ A file is an unsigned little-endian 64-bit header length, a JSON header padded w
 bytes, and the tensors' bytes. Header entries are ``name: {dtype, shape, data_offsets: [begin, end]}`` with
 offsets counted from the end of the header; together they must cover the rest of the file without gap or
 overlap. Source: the format's description in the safetensors repository (README, "Format"), and its limits
-(100 MB of header). Strictness costs a sort of the entries; it buys that no reader can be led outside the file.
+(100 MB of header). Strictness costs a sort of the entries; it buys that no reader can be led outside the
+file.
 """
 
 import json

@@ -14,7 +14,7 @@ MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB a call
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The tensor [stored.shape] of stored.dtype. Raises FourfoldError when the file fails or is too short."""
     raw = torch.empty(stored.nbytes, dtype=torch.uint8)
-    read_into(stored.path, stored.begin, memoryview(raw.numpy()), stored.name)
+    read_into(stored.path, stored.begin, raw.numpy().data, stored.name)
     return raw.view(stored.dtype).reshape(stored.shape)
 
 

@@ -1,8 +1,8 @@
 """One safetensors file written tensor by tensor, equal byte for byte to what the safetensors library writes.
 
-The library sorts tensors by dtype (widest first) and then by name, which keeps every tensor aligned. Sizes are
-known beforehand, so the header goes first and each tensor goes to its place whenever it comes. The file is
-hashed afterwards from the page cache: one more read, in exchange for a free order of writing.
+The library sorts tensors by dtype (widest first) and then by name, which keeps every tensor aligned. Sizes
+are known beforehand, so the header goes first and each tensor goes to its place whenever it comes. The file
+is hashed afterwards from the page cache: one more read, in exchange for a free order of writing.
 """
 
 import errno
@@ -61,7 +61,10 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put ``tensor`` at its place. Raises FourfoldError when it is not what was planned, or comes twice."""
+        """Put ``tensor`` at its place.
+
+        Raises FourfoldError when it is not what was planned, or comes twice.
+        """
         if name not in self._places:
             raise FourfoldError(
                 f"Tensor '{name}' is not planned for {self.path.name}, or was already written."
@@ -69,12 +72,12 @@ class SafetensorsWriter:
         plan, position = self._places.pop(name)
         if tensor.dtype != plan.dtype or tuple(tensor.shape) != plan.shape:
             raise FourfoldError(
-                f"Tensor '{name}' came as {tensor.dtype} {list(tensor.shape)}, but {plan.dtype} {list(plan.shape)} "
-                f"was planned for {self.path.name}."
+                f"Tensor '{name}' came as {tensor.dtype} {list(tensor.shape)}, but {plan.dtype} "
+                f"{list(plan.shape)} was planned for {self.path.name}."
             )
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         try:
-            _write_at(self._handle, memoryview(raw.numpy()), position)
+            _write_at(self._handle, raw.numpy().data, position)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -109,8 +112,9 @@ class SafetensorsWriter:
     def _failed(self, error: OSError) -> FourfoldError:
         if error.errno in FULL:
             return FourfoldError(
-                f"No room for {self.path} ({self.nbytes} bytes): {os.strerror(error.errno or 0)}. Finished shards are "
-                "kept: free some space (or raise the limit) and run the same command with --resume."
+                f"No room for {self.path} ({self.nbytes} bytes): {os.strerror(error.errno or 0)}. Finished "
+                "shards are kept: free some space (or raise the limit) and run the same command with "
+                "--resume."
             )
         return FourfoldError(f"Cannot write {self.path}: {error.strerror}. Check the folder and its rights.")
 
