@@ -1,0 +1,86 @@
+"""What cannot be rounded is said before anything is written; what is found while reading names its tensor."""
+
+import pytest
+import torch
+from compress_models import build_tiny_model, change_tensor
+
+from fourfold.compress import load_recipe, plan, quantize
+from fourfold.core.errors import FourfoldError, UsageError
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return build_tiny_model(tmp_path / "source")
+
+
+def test_a_width_that_is_no_multiple_of_the_block(tmp_path):
+    source = build_tiny_model(tmp_path / "source", intermediate_size=80)
+    words = r"model.layers.0.mlp.down_proj.weight has the shape \[64, 80\].*no multiple of 32.*`keep` entry"
+    for call in (lambda: plan(source), lambda: quantize(source, tmp_path / "out")):
+        with pytest.raises(FourfoldError, match=words):
+            call()
+    assert not list(tmp_path.glob("out*"))
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.down_proj"]})
+    quantize(source, tmp_path / "out", recipe)
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(llama, tmp_path, value):
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[3, 5] = value
+        return tensor
+
+    change_tensor(llama, UP, spoil)
+    with pytest.raises(FourfoldError, match=f"{UP} holds NaN or Inf"):
+        quantize(llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_is_not_rounded_from(llama):
+    change_tensor(llama, UP, lambda tensor: tensor.to(torch.float8_e4m3fn))
+    with pytest.raises(FourfoldError, match=f"{UP} is stored as float8_e4m3fn.*bf16 first"):
+        plan(llama)
+
+
+def test_experts_in_an_unknown_layout_are_never_kept_in_silence(llama):
+    name = "model.layers.0.mlp.experts.w13_weight"
+    change_tensor(llama, "model.layers.0.input_layernorm.weight", lambda tensor: tensor)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(llama / "model.safetensors") | {name: torch.zeros(4, 64, 64)}
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FourfoldError, match=r"w13_weight \[4, 64, 64\] looks like several linear layers"):
+        plan(llama)
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": [name]})
+    assert name in {tensor.name for tensor in plan(llama, recipe).kept}
+
+
+def test_a_source_that_is_quantized_already(llama, tmp_path):
+    quantize(llama, tmp_path / "once")
+    with pytest.raises(UsageError, match=r"quantized already \(mxfp4\).*fourfold convert"):
+        quantize(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_recipe_that_meets_nothing(llama):
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*"]})
+    with pytest.raises(UsageError, match="rounds nothing in"):
+        plan(llama, recipe)
+
+
+def test_an_existing_output_is_left_alone(llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        quantize(llama, tmp_path / "out")
+
+
+def test_a_dialect_that_cannot_hold_the_result(llama, tmp_path):
+    for call in (
+        lambda: plan(llama, dialect="plain"),
+        lambda: quantize(llama, tmp_path / "out", dialect="plain"),
+    ):
+        with pytest.raises(UsageError, match="cannot express"):
+            call()
+    assert not list(tmp_path.glob("out*"))
