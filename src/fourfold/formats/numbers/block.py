@@ -1,17 +1,18 @@
 """Block formats: runs of values along the last dimension that share a scale, and the tensors they make.
 
-A value is ``element * scale`` (NVFP4: ``* global_scale`` as well), as in OCP MX v1.0 section 5.1. Scales are
-never zero: a run of zeros gets the format's smallest scale. A NaN or Inf anywhere makes every value that shares
-its scale NaN, and nothing that was not finite ever reads back as finite.
+A value is ``element * scale`` (NVFP4: ``* global_scale`` as well), as in OCP MX v1.0 section 5.1. Scales
+are never zero: a run of zeros gets the format's smallest scale. A NaN or Inf makes every value that shares
+its scale NaN, so that nothing that was not finite ever reads back as finite.
 
-Tensors are worked through in parts of about a quarter of a million values, so that temporaries stay within a few
-megabytes whatever the size; the price is that a tensor that is not contiguous is copied once, in its own dtype.
+Tensors are worked through in parts of about a million values, so that temporaries stay within some
+tens of megabytes whatever the size; the price is that a tensor that is not contiguous is copied once.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -21,18 +22,35 @@ from fourfold.formats.numbers.pack import pack, unpack
 from fourfold.formats.numbers.registry import get_format
 from fourfold.formats.numbers.scale import ScaleRule
 
-PART_VALUES = 2**18
+PART_VALUES = 2**20
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Layout = tuple[torch.Size, torch.dtype]
+
+
+class ScaleType(NamedTuple):
+    """How a scale is held, and the range of what it may be."""
+
+    bits: int
+    smallest: float
+    largest: float
+
+
+FLOAT32 = torch.finfo(torch.float32)
+SCALES = {
+    "e8m0": ScaleType(8, 2.0**-127, 2.0**127),
+    "e4m3": ScaleType(8, 2.0**-9, 448.0),
+    "fp16": ScaleType(16, 2.0**-24, 65504.0),
+    "fp32": ScaleType(32, FLOAT32.tiny, FLOAT32.max),
+}
 
 
 @dataclass(frozen=True)
 class BlockTensor:
     """A tensor [..., K] in a block format: packed codes and the scales they share.
 
-    ``blocks`` is uint8 [..., K * bits / 8]. ``scales`` is uint8 E8M0 [..., K/32] for the MX formats, uint8 E4M3
-    [..., K/16] for nvfp4, float16 [..., K/N] for int4-gN, float32 [..., 1] for fp8-channel and fp8-token, and
-    float32 [] for fp8-tensor. ``global_scale`` is a float32 scalar that multiplies, for nvfp4 only.
+    ``blocks`` is uint8 [..., K * bits / 8]. ``scales`` is uint8 E8M0 [..., K/32] for the MX formats, uint8
+    E4M3 [..., K/16] for nvfp4, float16 [..., K/N] for int4-gN, float32 [..., 1] for fp8-channel and
+    fp8-token, float32 [] for fp8-tensor. ``global_scale`` is a float32 scalar that multiplies, nvfp4 only.
     """
 
     format: str
@@ -62,8 +80,8 @@ class BlockTensor:
 class BlockFormat(ABC):
     """A way to hold a tensor. ``block_size`` None: a whole row or tensor shares the scale.
 
-    ``scale`` is how a scale is held: e8m0, e4m3, fp16 or fp32. ``default_rule`` is None where the scale is not
-    a power of two and no rule applies.
+    ``scale`` is how a scale is held: e8m0, e4m3, fp16 or fp32. ``default_rule`` is None where the scale is no
+    power of two and no rule applies.
     """
 
     name: str
@@ -75,8 +93,13 @@ class BlockFormat(ABC):
     @property
     def bits_per_value(self) -> float:
         """Stored bits per value, block scales included; one scale a row or a tensor counts as nothing."""
-        scale_bits = {"e8m0": 8, "e4m3": 8, "fp16": 16, "fp32": 32}[self.scale]
-        return self.element.bits + (scale_bits / self.block_size if self.block_size else 0)
+        return self.element.bits + (SCALES[self.scale].bits / self.block_size if self.block_size else 0)
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The smallest positive and the largest value, under the smallest and the largest scale."""
+        scale = SCALES[self.scale]
+        return self.element.min * scale.smallest, self.element.max * scale.largest
 
     def empty_shapes(self, shape: torch.Size | tuple[int, ...]) -> dict[str, Layout]:
         """Shape and dtype of ``blocks`` and ``scales`` for a tensor of ``shape``, without data.
@@ -85,8 +108,8 @@ class BlockFormat(ABC):
         """
         if not shape or shape[-1] % (self.block_size or 1):
             raise FourfoldError(
-                f"A tensor of shape {list(shape)} cannot be held in {self.name}: its last dimension must be a "
-                f"multiple of {self.block_size or 1}. Keep this tensor as it is, or choose another format."
+                f"A tensor of shape {list(shape)} cannot be held in {self.name}: its last dimension must be "
+                f"a multiple of {self.block_size or 1}. Keep this tensor as it is, or choose another format."
             )
         *leading, width = shape
         blocks = torch.Size([*leading, width * self.element.bits // 8])
@@ -122,7 +145,7 @@ class BlockFormat(ABC):
         return values
 
     def fake_quantize(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> torch.Tensor:
-        """What ``x`` becomes by quantizing it and reading it back, in its own dtype. Raises as ``quantize``."""
+        """``x`` quantized and read back, in its own dtype. Raises as ``quantize`` does."""
         _, rule = self._checked(x, rule)
         runs, whole = self._runs(x), self._whole(x)
         result = torch.empty_like(runs)
@@ -131,6 +154,18 @@ class BlockFormat(ABC):
             result[part] = self._decode(codes, own, whole)
         return result.view(x.shape)
 
+    def signal_and_noise(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> tuple[float, float]:
+        """Sums of ``x^2`` and of the squared error in this format. Raises as ``quantize`` does."""
+        _, rule = self._checked(x, rule)
+        runs, whole = self._runs(x), self._whole(x)
+        signal = noise = 0.0
+        for part in _parts(runs):
+            values = runs[part].float()
+            error = self._decode(*self._encode(values, rule, whole), whole).sub_(values)
+            signal += values.square().sum(dtype=torch.float64).item()
+            noise += error.square_().sum(dtype=torch.float64).item()
+        return signal, noise
+
     @abstractmethod
     def _scales_layout(self, leading: list[int], width: int) -> Layout: ...
 
@@ -138,7 +173,7 @@ class BlockFormat(ABC):
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codes (uint8) and scales [n] of float32 runs [n, run]; scales is None where ``whole`` is the scale."""
+        """Codes (uint8) and scales [n] of float32 runs [n, run]; None where ``whole`` is the scale."""
 
     @abstractmethod
     def _decode(
@@ -165,17 +200,14 @@ class BlockFormat(ABC):
     ) -> tuple[dict[str, Layout], ScaleRule | None]:
         if x.dtype not in INPUT_DTYPES:
             raise FourfoldError(
-                f"A tensor of dtype {x.dtype} cannot be quantized to {self.name}. Give bfloat16, float16 or float32."
+                f"A tensor of dtype {x.dtype} cannot be quantized to {self.name}. "
+                "Give bfloat16, float16 or float32."
             )
         if rule is None:
             return self.empty_shapes(x.shape), self.default_rule
         choices = list(ScaleRule) if self.default_rule else []
         if rule not in choices:
-            known = (
-                f"Choose one of: {', '.join(choices)}."
-                if choices
-                else "Its scale is no power of two: give none."
-            )
+            known = f"Choose one of: {', '.join(choices)}." if choices else "It takes none."
             raise UsageError(f"Format {self.name} has no scale rule '{rule}'. {known}")
         return self.empty_shapes(x.shape), ScaleRule(rule)
 

@@ -2,8 +2,8 @@
 
 A float element with ``E`` exponent and ``M`` mantissa bits is sign, exponent, mantissa from high to low, with
 bias ``2^(E-1) - 1`` and subnormals (OCP MX v1.0 section 5.3; OCP OFP8 v1.0 for E4M3 and E5M2). An integer
-element (``E = 0``) is a two's complement number of ``2^-M`` steps; its most negative code is read but never
-written, so that the range stays symmetric (OCP MX v1.0 section 5.3.4).
+element (``E = 0``) is a two's complement number of ``2^-M`` steps; INT8's most negative code is read but
+never written, so that its range stays symmetric (OCP MX v1.0 section 5.3.4).
 
 Rounding is to nearest, ties to even, saturating at the largest finite value; the sign of zero is kept where
 the format has one. The price of the plain form is about ten passes over the data; ``fp4`` has a lean one.
@@ -18,13 +18,17 @@ import torch
 
 @dataclass(frozen=True)
 class ElementFormat:
-    """``bits`` per value, split as above; ``max`` is the largest finite value that is ever written."""
+    """``bits`` per value, split as above; ``max`` is the largest finite value that is ever written.
+
+    ``lowest`` is the most negative one where that is not ``-max``.
+    """
 
     name: str
     bits: int
     exponent_bits: int
     mantissa_bits: int
     max: float
+    lowest: float | None = None
 
     @property
     def is_integer(self) -> bool:
@@ -50,14 +54,16 @@ class ElementFormat:
         """Codes (uint8, same shape, unused high bits zero) of finite float32 ``values``."""
         if self.is_integer:
             steps = (values * 2.0**self.mantissa_bits).round_()
-            limit = self.max * 2.0**self.mantissa_bits
-            return steps.clamp_(-limit, limit).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
+            low, high = (limit * 2.0**self.mantissa_bits for limit in (self.lowest or -self.max, self.max))
+            return steps.clamp_(low, high).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
         magnitude = values.abs().clamp_max_(self.max)
-        exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp_min_(self.min_exponent)
-        steps = (magnitude * power_of_two(self.mantissa_bits - exponent)).round_().to(torch.int32)
+        smallest = (127 + self.min_exponent) << 23
+        power = (magnitude.view(torch.int32) & 0x7F800000).clamp_min_(smallest)
+        steps = magnitude.div_(power.view(torch.float32)).mul_(2.0**self.mantissa_bits).round_()
         # a mantissa that rounds up to 2 carries into the exponent field by itself
-        code = steps + ((exponent - self.min_exponent) << self.mantissa_bits)
-        return (code + (torch.signbit(values).to(torch.int32) << (self.bits - 1))).to(torch.uint8)
+        code = power.sub_(smallest).bitwise_right_shift_(23 - self.mantissa_bits).add_(steps.to(torch.int32))
+        sign = (values.contiguous().view(torch.int32) >> 31).bitwise_and_(1 << (self.bits - 1))
+        return code.bitwise_or_(sign).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Float32 values of uint8 ``codes``; what lies beyond ``max`` in a float is Inf or NaN."""
@@ -94,4 +100,4 @@ E3M2 = ElementFormat("e3m2", 6, 3, 2, 28.0)
 E4M3 = ElementFormat("e4m3", 8, 4, 3, 448.0)
 E5M2 = ElementFormat("e5m2", 8, 5, 2, 57344.0)
 INT8 = ElementFormat("int8", 8, 0, 6, 127 / 64)
-INT4 = ElementFormat("int4", 4, 0, 0, 7.0)
+INT4 = ElementFormat("int4", 4, 0, 0, 7.0, -8.0)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fourfold.formats.numbers import fp4
 from fourfold.formats.numbers.block import BlockFormat, Layout
-from fourfold.formats.numbers.element import ElementFormat
+from fourfold.formats.numbers.element import E2M1, ElementFormat
 from fourfold.formats.numbers.scale import (
     NAN_BYTE,
     ScaleRule,
@@ -21,9 +22,9 @@ MX_BLOCK = 32
 class MXFormat(BlockFormat):
     """Any element under a power-of-two block scale.
 
-    Dividing by a power of two is exact: what float32 cannot hold is far below half of the smallest element and
-    becomes a zero of its own sign either way. Where ``element * scale`` passes the float32 range (amax within an
-    eighth of it and a rule that rounds up) it reads back as Inf, which section 5.1 leaves to the implementation.
+    Dividing by a power of two is exact: what float32 cannot hold is far below half of the smallest element
+    and becomes a zero of its own sign either way. Where ``element * scale`` passes the float32 range (amax in
+    its last eighth, rounded up) it reads back as Inf, which section 5.1 leaves to the implementation.
     """
 
     def _scales_layout(self, leading: list[int], width: int) -> Layout:
@@ -37,6 +38,12 @@ class MXFormat(BlockFormat):
         if rule is ScaleRule.MSE:
             byte, codes = self._keep_better(values, byte, codes)
         return codes.masked_fill_((byte == NAN_BYTE)[:, None], 0), byte
+
+    def _quantize_runs(
+        self, runs: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        quick = fp4.quantize_runs(runs, rule or ScaleRule.EVEN) if self.element is E2M1 else None
+        return quick or super()._quantize_runs(runs, rule, whole)
 
     def _keep_better(
         self, values: torch.Tensor, byte: torch.Tensor, codes: torch.Tensor

@@ -1,7 +1,7 @@
 """The power-of-two scale that a block shares (E8M0: a byte, the exponent + 127; 0xFF is NaN).
 
-With ``amax = m * 2^f`` (``1 <= m < 2``) and an element whose largest value is ``max = M * 2^emax``, every rule
-gives the exponent ``f - emax`` or one more (OCP MX v1.0 section 6.3 is FLOOR). One is added when
+With ``amax = m * 2^f`` (``1 <= m < 2``) and an element whose largest value is ``max = M * 2^emax``, every
+rule gives the exponent ``f - emax`` or one more (OCP MX v1.0 section 6.3 is FLOOR). One is added when
 
 - FLOOR: never. Values up to twice ``2^emax`` saturate at ``max``.
 - EVEN:  ``m >= 2 - 2^-(mantissa_bits + 1)``: amax, rounded to the element's mantissa, reaches ``2^(f+1)``.
