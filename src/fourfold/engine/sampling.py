@@ -56,7 +56,9 @@ class SamplingState:
             repeated = used | self.in_prompt
             damped = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
             row.copy_(torch.where(repeated, damped, row))
-            row.sub_(self.counts, alpha=params.frequency_penalty).sub_(used, alpha=params.presence_penalty)
+            row.sub_(self.counts, alpha=params.frequency_penalty).sub_(
+                used.float(), alpha=params.presence_penalty
+            )
         if self.generated < params.min_tokens:
             row[self.banned_early] = NEVER
 
