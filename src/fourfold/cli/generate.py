@@ -1,0 +1,33 @@
+"""``fourfold generate``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder, a GGUF file or a hub name.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue, as it is: no chat template.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal texts.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write tokens, text and timings here.")
+    ] = None,
+) -> None:
+    """Continue a text and print it as it comes.
+
+    Example: `fourfold generate ./SmolLM2-mxfp4 --prompt "The capital of France is" --max-tokens 32`
+    """
+    from fourfold.core.durable import write_file
+    from fourfold.engine import Engine, EngineConfig, SamplingParams
+    from fourfold.server.local import timed_generation
+
+    engine = Engine.load(model, EngineConfig(threads=threads))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    record = timed_generation(engine, prompt, sampling, show=lambda text: typer.echo(text, nl=False))
+    typer.echo()
+    if json_file is not None:
+        write_file(json_file, record.model_dump_json(indent=2) + "\n")

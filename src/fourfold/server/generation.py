@@ -1,0 +1,92 @@
+"""One HTTP request being answered: from token streams to a whole answer or to events."""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fourfold.engine import TokenOutput
+from fourfold.server.errors import ApiError
+from fourfold.server.metrics import LatencyWatch
+from fourfold.server.schemas import StreamOptions
+from fourfold.server.shapes import Shape, usage
+from fourfold.server.sse import DONE, event
+from fourfold.server.streams import TokenStream
+
+
+@dataclass
+class Generation:
+    """The choices of one request on their way; ``prompt_tokens`` counts each prompt once."""
+
+    id: str
+    model: str
+    shape: Shape
+    prompt_tokens: int
+    stream: TokenStream
+    watch: LatencyWatch
+    created: int = field(default_factory=lambda: int(time.time()))
+    completion_tokens: int = 0
+
+    async def batches(self) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
+        """What arrives, counted and timed; closing this aborts what is unfinished."""
+        try:
+            async for batch in self.stream:
+                self.completion_tokens += len(batch)
+                self.watch.tokens(index for index, _ in batch)
+                yield batch
+        finally:
+            self.stream.close()
+            self.watch.metrics.generation_tokens.inc(self.completion_tokens)
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts up to now."""
+        return usage(self.prompt_tokens, self.completion_tokens)
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete answer. Raises ApiError when the engine refuses or fails."""
+        choices: list[list[TokenOutput]] = [[] for _ in self.stream.requests]
+        async for batch in self.batches():
+            for index, output in batch:
+                choices[index].append(output)
+        return self.head(self.shape.object_name) | {
+            "choices": [self.shape.choice(i, outputs) for i, outputs in enumerate(choices)],
+            "usage": self.usage(),
+        }
+
+    async def events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events, one for each token. Raises ApiError only before the first one."""
+        head = self.head(self.shape.chunk_name)
+        offsets: dict[int, int] = {}
+        started = False
+        batches = self.batches()
+        try:
+            async for batch in batches:
+                counted = self.completion_tokens - len(batch)
+                chunks = []
+                for index, output in batch:
+                    counted += 1
+                    offset = offsets.get(index)
+                    choice = self.shape.chunk(index, output, offset is None, offset or 0)
+                    offsets[index] = (offset or 0) + len(output.text)
+                    chunks.append(event(head | {"choices": [choice]} | self.chunk_usage(options, counted)))
+                started = True
+                yield b"".join(chunks)
+            if options.include_usage:
+                yield event(head | {"choices": [], "usage": self.usage()})
+        except ApiError as error:
+            if not started:
+                raise
+            yield event(error.body())
+        finally:
+            await batches.aclose()
+        yield DONE
+
+    def chunk_usage(self, options: StreamOptions, completion_tokens: int) -> dict[str, Any]:
+        """The usage key of a token's chunk: counts, null, or no key at all."""
+        if options.continuous_usage_stats:
+            return {"usage": usage(self.prompt_tokens, completion_tokens)}
+        return {"usage": None} if options.include_usage else {}
+
+    def head(self, name: str) -> dict[str, Any]:
+        """The keys that every object of this answer begins with."""
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}

@@ -1,0 +1,92 @@
+"""``/metrics`` for Prometheus: what clients waited for, what the engine holds.
+
+Latencies are taken when a token is handed to the HTTP side, counted from the arrival of the request; the
+engine's own figures are read from its stats at the moment of scraping. One registry for each app, so that
+several servers live in one process.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fourfold.engine.requests import EngineStats
+
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class EngineCollector(Collector):
+    """The engine's stats as gauges and counters, read when scraped."""
+
+    def __init__(self, stats: Callable[[], EngineStats]):
+        self.stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        """One family for each figure."""
+        now = self.stats()
+        gauges = {
+            "requests_running": ("Requests in the current batch", now.running),
+            "requests_waiting": ("Requests that wait for a place in the batch", now.waiting),
+            "kv_cache_usage_ratio": ("Share of the KV cache held by unfinished requests", now.kv_usage),
+        }
+        counters = {
+            "preemptions": ("Requests put back because the KV cache was full", now.preemptions),
+            "prefix_hit_tokens": ("Prompt tokens found in the prefix cache", now.prefix_hit_tokens),
+        }
+        for name, (help_text, value) in gauges.items():
+            yield GaugeMetricFamily(f"fourfold_{name}", help_text, value)
+        for name, (help_text, value) in counters.items():
+            yield CounterMetricFamily(f"fourfold_{name}", help_text, value)
+
+
+class ServerMetrics:
+    """The counters and histograms of one app."""
+
+    def __init__(self, stats: Callable[[], EngineStats]):
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fourfold_requests", "Answered requests", ["endpoint", "status"], registry=self.registry
+        )
+        self.prompt_tokens = Counter("fourfold_prompt_tokens", "Tokens read", registry=self.registry)
+        self.generation_tokens = Counter(
+            "fourfold_generation_tokens", "Tokens written", registry=self.registry
+        )
+        self.ttft_s = Histogram(
+            "fourfold_time_to_first_token_seconds",
+            "From the arrival of the request to its first token",
+            buckets=TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.itl_s = Histogram(
+            "fourfold_inter_token_latency_seconds",
+            "From one token of a choice to its next",
+            buckets=ITL_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.registry.register(EngineCollector(stats))
+
+    def render(self) -> bytes:
+        """The Prometheus text of this moment."""
+        return generate_latest(self.registry)
+
+
+class LatencyWatch:
+    """Times the tokens of one request, choice by choice, against the request's arrival."""
+
+    def __init__(self, metrics: ServerMetrics):
+        self.metrics = metrics
+        self.start_s = time.perf_counter()
+        self.last_s: dict[int, float] = {}
+
+    def tokens(self, choices: Iterable[int]) -> None:
+        """Tokens of these choices have arrived now."""
+        now = time.perf_counter()
+        for choice in choices:
+            if (last := self.last_s.get(choice)) is None:
+                self.metrics.ttft_s.observe(now - self.start_s)
+            else:
+                self.metrics.itl_s.observe(now - last)
+            self.last_s[choice] = now

@@ -1,0 +1,121 @@
+"""The two shapes of answers: text completions and chat completions, whole or as chunks.
+
+A chunk carries exactly one token, also when no text became printable with it: clients that time tokens count
+chunks. The chat role travels in the first token's chunk, and the finish reason in the last token's.
+Source: OpenAI API reference, objects ``text_completion``, ``chat.completion`` and ``chat.completion.chunk``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from fourfold.engine import TokenOutput
+
+DecodeToken = Callable[[int], str]
+Json = dict[str, Any]
+
+
+class Shape(Protocol):
+    """How choices look in one endpoint's answers."""
+
+    id_prefix: str
+    object_name: str
+    chunk_name: str
+
+    def choice(self, index: int, outputs: Sequence[TokenOutput]) -> Json:
+        """A finished choice."""
+        ...
+
+    def chunk(self, index: int, output: TokenOutput, first: bool, offset: int) -> Json:
+        """One token of a choice; ``offset`` is the number of characters before it."""
+        ...
+
+
+class CompletionShape:
+    """``text_completion``: the same object name whole and streamed."""
+
+    id_prefix, object_name, chunk_name = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, decode: DecodeToken):
+        self.decode = decode
+
+    def choice(self, index: int, outputs: Sequence[TokenOutput], offset: int = 0) -> Json:
+        """A finished choice."""
+        return {
+            "index": index,
+            "text": "".join(o.text for o in outputs),
+            "logprobs": self.logprobs(outputs, offset),
+            "finish_reason": outputs[-1].finish_reason,
+        }
+
+    def chunk(self, index: int, output: TokenOutput, first: bool, offset: int) -> Json:
+        """One token of a choice."""
+        return self.choice(index, [output], offset)
+
+    def logprobs(self, outputs: Sequence[TokenOutput], offset: int) -> Json | None:
+        """Four parallel lists over the tokens; None when none were asked for."""
+        if outputs[0].logprob is None:
+            return None
+        offsets = []
+        for output in outputs:
+            offsets.append(offset)
+            offset += len(output.text)
+        return {
+            "tokens": [self.decode(o.token_id) for o in outputs],
+            "token_logprobs": [finite(o.logprob) for o in outputs],
+            "top_logprobs": [
+                {self.decode(token): finite(value) for token, value in o.top_logprobs or []} for o in outputs
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatShape:
+    """``chat.completion`` and ``chat.completion.chunk``."""
+
+    id_prefix, object_name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, decode: DecodeToken):
+        self.decode = decode
+
+    def choice(self, index: int, outputs: Sequence[TokenOutput]) -> Json:
+        """A finished choice."""
+        message = {"role": "assistant", "content": "".join(o.text for o in outputs), "refusal": None}
+        return {"index": index, "message": message} | self.ending(outputs)
+
+    def chunk(self, index: int, output: TokenOutput, first: bool, offset: int) -> Json:
+        """One token of a choice."""
+        role = {"role": "assistant"} if first else {}
+        return {"index": index, "delta": role | {"content": output.text}} | self.ending([output])
+
+    def ending(self, outputs: Sequence[TokenOutput]) -> Json:
+        """What whole choices and chunks have in common."""
+        asked = outputs[0].logprob is not None
+        content = [self.logprob(o) for o in outputs] if asked else None
+        return {
+            "logprobs": {"content": content, "refusal": None} if asked else None,
+            "finish_reason": outputs[-1].finish_reason,
+        }
+
+    def logprob(self, output: TokenOutput) -> Json:
+        """One token with its likeliest alternatives."""
+        top = [self.token(token, value) for token, value in output.top_logprobs or []]
+        return self.token(output.token_id, output.logprob) | {"top_logprobs": top}
+
+    def token(self, token_id: int, logprob: float | None) -> Json:
+        """A token's text, bytes and logprob."""
+        text = self.decode(token_id)
+        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+
+def finite(logprob: float | None) -> float:
+    """JSON has no infinity; OpenAI gives -9999 for a token of probability zero."""
+    return max(logprob, -9999.0) if logprob is not None else -9999.0
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    """Exact token counts of a request, all its choices together; each prompt is counted once."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
