@@ -7,8 +7,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fourfold.cli import doctor as module
-from fourfold.cli.doctor import DoctorRecord, doctor
+from fourfold.cli import checkup
+from fourfold.cli.checkup import DoctorRecord
+from fourfold.cli.doctor import doctor
 
 app = typer.Typer()
 app.command()(doctor)
@@ -28,20 +29,20 @@ def test_this_machine_is_examined_and_recorded(tmp_path):
     ("version", "state"), [(None, "broken"), ("2.10.1", "broken"), ("1.99.0+cpu", "broken")]
 )
 def test_a_torch_that_is_missing_or_old_is_broken(version, state):
-    check = module.check_torch(version)
+    check = checkup.check_torch(version)
     assert check.state == state
     assert "pip install 'torch>=2.11'" in (check.remedy or "")
 
 
 def test_little_memory_and_disk_are_warnings_with_a_remedy():
-    assert module.check_memory(1_000_000_000).state == "warning"
-    assert module.check_memory(16_000_000_000).state == "good"
-    assert module.check_disk(Path(), 1_000_000).remedy
-    assert module.check_disk(Path(), 10**12).state == "good"
+    assert checkup.check_memory(1_000_000_000).state == "warning"
+    assert checkup.check_memory(16_000_000_000).state == "good"
+    assert checkup.check_disk(Path(), 1_000_000).remedy
+    assert checkup.check_disk(Path(), 10**12).state == "good"
 
 
 def test_a_missing_package_is_broken_and_exits_with_1(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "required_packages", lambda: iter(["numpy", "surely-not-installed"]))
+    monkeypatch.setattr(checkup, "required_packages", lambda: iter(["numpy", "surely-not-installed"]))
     result = CliRunner().invoke(app, ["--json", str(tmp_path / "d.json")])
     assert result.exit_code == 1
     found = {c["name"]: c for c in json.loads((tmp_path / "d.json").read_text())["checks"]}

@@ -46,7 +46,7 @@ def formats(
 
 
 def matrix_names(checkpoint: "Checkpoint", count: int) -> list[str]:
-    """Tensors of two and more dimensions, embeddings left out; ``count`` of them, evenly spread, or all (0)."""
+    """Tensors of two and more dimensions, embeddings left out; ``count`` of them evenly spread; 0 is all."""
     from fourfold.checkpoint.dialect import EMBEDDING
 
     names = [n for n in checkpoint.names() if len(checkpoint.info(n).shape) > 1 and not EMBEDDING.search(n)]

@@ -1,30 +1,13 @@
 """``fourfold quantize``: a checkpoint in, a checkpoint of fewer bits out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold.core.records import Machine, ModelCard, Record
-
 if TYPE_CHECKING:
+    from fourfold.cli.records import QuantizationRecord
     from fourfold.compress.planning import DryRun, TensorPlan
-
-
-class QuantizationRecord(Record):
-    """The result of ``fourfold quantize``: wall time, and the peak resident memory of this process."""
-
-    kind: Literal["fourfold.quantization/1"] = "fourfold.quantization/1"
-    created: str
-    source: str
-    out: str
-    recipe: str
-    dialect: str
-    source_card: ModelCard
-    card: ModelCard
-    seconds: float
-    peak_memory_bytes: int
-    machine: Machine
 
 
 def quantize(
@@ -59,13 +42,14 @@ def quantize(
     write_json(json, record)
 
 
-def run(source: str, out: Path, recipe: str, dialect: str, resume: bool) -> QuantizationRecord:
+def run(source: str, out: Path, recipe: str, dialect: str, resume: bool) -> "QuantizationRecord":
     """Quantize under a progress bar, timed."""
     import resource
     import time
 
     from fourfold.checkpoint import open_checkpoint
     from fourfold.cli.output import bytes_bar
+    from fourfold.cli.records import QuantizationRecord
     from fourfold.compress import load_recipe
     from fourfold.compress import quantize as write_checkpoint
     from fourfold.core.machine import describe_machine, now
@@ -89,7 +73,7 @@ def run(source: str, out: Path, recipe: str, dialect: str, resume: bool) -> Quan
     )
 
 
-def show(record: QuantizationRecord) -> None:
+def show(record: "QuantizationRecord") -> None:
     """Print the summary for a person."""
     from rich.table import Table
 
