@@ -7,7 +7,6 @@ weight is expanded and multiplied by torch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 
 import torch
@@ -45,13 +44,17 @@ def linear(x: torch.Tensor, w: BlockTensor | torch.Tensor, activation: str | Non
     """
     check(x, w)
     factor = x if activation is None else rounded(x, activation)
-    out = multiply(factor.reshape(-1, x.shape[-1]), w)
-    return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
+    if factor.ndim == 2:
+        out = multiply(factor, w)
+    else:
+        out = multiply(factor.reshape(-1, factor.shape[-1]), w)
+        out = out.view(*x.shape[:-1], out.shape[-1])
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def multiply(x: torch.Tensor, w: BlockTensor | torch.Tensor) -> torch.Tensor:
     """``x`` [M, K] times ``w`` transposed, by the first kernel that accepts them."""
-    if isinstance(w, torch.Tensor):
+    if not isinstance(w, BlockTensor):
         return dense_linear(x, w if w.dtype == x.dtype else w.to(x.dtype))
     x = x.contiguous()
     for kernel in kernels_for(w.format):
@@ -74,14 +77,14 @@ def kernels_for(weight_format: str) -> tuple[LinearKernel, ...]:
 
 
 @cache
-def values_per_byte(weight_format: str) -> Fraction:
-    """How many values lie in a byte of ``blocks``; looked up once, since ``linear`` is called often."""
-    return Fraction(8, get_format(weight_format).element.bits)
+def element_bits(weight_format: str) -> int:
+    """Bits of a code; looked up once, since ``linear`` is called hundreds of times a token."""
+    return get_format(weight_format).element.bits
 
 
 def check(x: torch.Tensor, w: BlockTensor | torch.Tensor) -> None:
     """Raises FourfoldError unless ``linear`` is defined for these operands."""
-    held, ratio = (w, 1) if isinstance(w, torch.Tensor) else (w.blocks, values_per_byte(w.format))
+    held, width_bits = (w.blocks, element_bits(w.format)) if isinstance(w, BlockTensor) else (w, 8)
     if x.dtype not in DTYPES:
         raise FourfoldError(f"linear got x in {x.dtype}; convert it to torch.bfloat16 or torch.float32.")
     if held.ndim != 2 or x.ndim == 0:
@@ -89,7 +92,7 @@ def check(x: torch.Tensor, w: BlockTensor | torch.Tensor) -> None:
             f"linear multiplies x [..., K] by one matrix [N, K], but got x {list(x.shape)} and a weight "
             f"{list(w.shape)}; index a stack of matrices first."
         )
-    if x.shape[-1] != held.shape[1] * ratio:
+    if x.shape[-1] * width_bits != held.shape[1] * 8:
         raise FourfoldError(
             f"linear got x {list(x.shape)} for a weight {list(w.shape)}: their last dimensions must be equal."
         )

@@ -7,9 +7,9 @@ price is the expansion on every call, which pays off from about a dozen rows of 
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
-from torch.nn.functional import linear as dense_linear
 
 from fourfold.formats import BlockTensor, get_format
 from fourfold.kernels.reference import row_slices, slice_rows
@@ -20,18 +20,19 @@ Expand = Callable[[BlockTensor, torch.dtype], torch.Tensor]
 
 
 def linear(x: torch.Tensor, w: BlockTensor, expand: Expand = BlockTensor.dequantize) -> torch.Tensor:
-    """``x`` [M, K] times ``w`` [N, K] transposed, [M, N]; ``expand`` reads a slice of ``w`` back."""
+    """``x`` [M, K] times ``w`` [N, K] transposed, [M, N] in the dtype of ``x``; no gradients.
+
+    ``expand(slice of w, dtype)`` reads a slice back; its result is used before the next call.
+    """
     exact = x.dtype == torch.float32 or exact_in_bfloat16(w.format)
-    factor = x if exact else x.float()
-    slices = list(row_slices(w.shape, SLICE_VALUES))
-    if len(slices) == 1:
-        return dense_linear(factor, expand(w, factor.dtype)).to(x.dtype)
-    out = x.new_empty(len(x), w.shape[0])
-    for rows in slices:
-        out[:, rows] = dense_linear(factor, expand(slice_rows(w, rows), factor.dtype))
-    return out
+    factor = x.detach() if exact else x.detach().float()
+    out = factor.new_empty(len(x), len(w.blocks))
+    for rows in row_slices(w.shape, SLICE_VALUES):
+        torch.mm(factor, expand(slice_rows(w, rows), factor.dtype).T, out=out[:, rows])
+    return out.to(x.dtype)
 
 
+@cache
 def exact_in_bfloat16(format_name: str) -> bool:
     """Whether every value of the format is a bfloat16: elements of at most 8 bits under a power of two."""
     return get_format(format_name).scale == "e8m0"

@@ -4,6 +4,9 @@ Few rows are bound by reading the weight, 4.25 bits a value against bfloat16's 1
 multiplications, where torch's library is hard to beat and the expansion is a small share of the time.
 """
 
+import math
+import threading
+
 import torch
 
 from fourfold.formats import BlockTensor
@@ -34,19 +37,34 @@ def run(x: torch.Tensor, w: BlockTensor) -> torch.Tensor:
 
 
 def multiply(x: torch.Tensor, w: BlockTensor, isa: str = "auto") -> torch.Tensor:
-    """``x`` [M, K] contiguous times ``w`` [N, K] transposed in C++, whatever M is."""
+    """``x`` [M, K] contiguous times ``w`` [N, K] transposed in C++, whatever M is; no gradients."""
     assert native is not None
     out = x.new_empty(len(x), len(w.blocks))
-    native.mxfp4_linear(x.detach(), w.blocks, w.scales, out, isa)
+    native.mxfp4_linear(x, w.blocks, w.scales, out, isa)
     return out
 
 
 def expand(w: BlockTensor, dtype: torch.dtype, isa: str = "auto") -> torch.Tensor:
-    """The values of ``w`` [N, K] in float32 or bfloat16, both exact; made by C++."""
+    """The values of ``w`` [N, K] in float32 or bfloat16, both exact, made by C++.
+
+    The result lies in a buffer that this thread's next call overwrites: fresh memory of this size would come
+    from the system page by page, which takes longer than filling it.
+    """
     assert native is not None
-    out = torch.empty(len(w.blocks), w.blocks.shape[1] * 2, dtype=dtype)
+    shape = (len(w.blocks), w.blocks.shape[1] * 2)
+    out = _buffer(math.prod(shape), dtype).view(shape)
     native.mxfp4_expand(w.blocks, w.scales, out, isa)
     return out
+
+
+_local = threading.local()
+
+
+def _buffer(values: int, dtype: torch.dtype) -> torch.Tensor:
+    held: dict[torch.dtype, torch.Tensor] = _local.__dict__.setdefault("buffers", {})
+    if dtype not in held or held[dtype].numel() < values:
+        held[dtype] = torch.empty(max(values, expanded.SLICE_VALUES), dtype=dtype)
+    return held[dtype][:values]
 
 
 MOST_NATIVE_ROWS = max((MOST_ROWS[name] for name, usable in cpu_features().items() if usable), default=0)

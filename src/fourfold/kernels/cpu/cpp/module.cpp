@@ -1,98 +1,94 @@
 // The Python module: checks every array, lets go of the GIL, and calls the kernel.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
 #include <string>
 
+#include "array.h"
 #include "mxfp4.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
+namespace fourfold {
 namespace {
 
-using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Read = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Write = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-fourfold::Isa parse_isa(const std::string& name) {
-    using fourfold::Isa;
+Isa parse_isa(const std::string& name) {
     Isa isa;
     if (name == "auto") isa = Isa::automatic;
     else if (name == "portable") isa = Isa::portable;
     else if (name == "avx512") isa = Isa::avx512;
     else if (name == "avx512bf16") isa = Isa::avx512bf16;
     else throw nb::value_error("isa must be one of auto, portable, avx512, avx512bf16");
-    if (!fourfold::cpu_has(isa)) throw nb::value_error("this processor or this build lacks the chosen isa");
+    if (!cpu_has(isa)) throw nb::value_error("this processor or this build lacks the chosen isa");
     return isa;
 }
 
-fourfold::Float parse_type(nb::dlpack::dtype type, const char* message) {
-    if (type == nb::dtype<float>()) return fourfold::Float::f32;
-    bool is_bf16 = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16;
-    if (!is_bf16 || type.lanes != 1) throw nb::type_error(message);
-    return fourfold::Float::bf16;
+Float float_type(const Matrix& matrix) {
+    auto type = matrix.dtype();
+    if (type == nb::dtype<float>()) return Float::f32;
+    bool bfloat = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat);
+    if (!bfloat || type.bits != 16 || type.lanes != 1) matrix.fail("must be float32 or bfloat16");
+    return Float::bf16;
 }
 
-void require(bool condition, const char* message) {
-    if (!condition) throw nb::value_error(message);
+void check_weight(const Matrix& blocks, const Matrix& scales, std::int64_t k) {
+    if (k % kBlock) throw nb::value_error("the width of a weight must be a multiple of 32");
+    if (blocks.dtype() != nb::dtype<std::uint8_t>()) blocks.fail("must be uint8");
+    if (scales.dtype() != nb::dtype<std::uint8_t>()) scales.fail("must be uint8");
+    if (blocks.columns() * 2 != k) blocks.fail("must be [n, k / 2]");
+    if (scales.rows() != blocks.rows() || scales.columns() * kBlock != k) scales.fail("must be [n, k / 32]");
 }
 
-void check_weight(const Bytes& blocks, const Bytes& scales, std::size_t k) {
-    require(k % fourfold::kBlock == 0, "the last dimension must be a multiple of 32");
-    require(blocks.shape(1) * 2 == k, "blocks must be [n, k / 2]");
-    require(scales.shape(0) == blocks.shape(0) && scales.shape(1) * 32 == k, "scales must be [n, k / 32]");
-}
-
-void linear(const Read& x, const Bytes& blocks, const Bytes& scales, const Write& out, const std::string& isa) {
-    std::size_t m = x.shape(0), k = x.shape(1), n = blocks.shape(0);
-    check_weight(blocks, scales, k);
-    auto type = parse_type(x.dtype(), "x must be float32 or bfloat16");
-    require(out.dtype() == x.dtype(), "out must have the dtype of x");
-    require(out.shape(0) == m && out.shape(1) == n, "out must be [m, n]");
-    auto chosen = parse_isa(isa);
-    fourfold::LinearProblem problem{nullptr,    blocks.data(),
-                                    scales.data(), out.data(),
-                                    type,       static_cast<std::int64_t>(m),
-                                    static_cast<std::int64_t>(n), static_cast<std::int64_t>(k)};
+void linear(nb::handle x_tensor, nb::handle blocks_tensor, nb::handle scales_tensor, nb::handle out_tensor,
+            const std::string& isa) {
+    Matrix x(x_tensor, "x"), blocks(blocks_tensor, "blocks"), scales(scales_tensor, "scales");
+    Matrix out(out_tensor, "out", true);
+    check_weight(blocks, scales, x.columns());
+    Float type = float_type(x);
+    if (out.dtype() != x.dtype()) out.fail("must have the dtype of x");
+    if (out.rows() != x.rows() || out.columns() != blocks.rows()) out.fail("must be [m, n]");
+    Isa chosen = parse_isa(isa);
+    LinearProblem problem{nullptr, blocks.data<const std::uint8_t>(), scales.data<const std::uint8_t>(), out.data(),
+                          type,    x.rows(), blocks.rows(), x.columns()};
     nb::gil_scoped_release unlocked;
-    fourfold::mxfp4_linear(x.data(), problem, chosen);
+    mxfp4_linear(x.data(), problem, chosen);
 }
 
-void expand(const Bytes& blocks, const Bytes& scales, const Write& out, const std::string& isa) {
-    std::size_t n = blocks.shape(0), k = blocks.shape(1) * 2;
+void expand(nb::handle blocks_tensor, nb::handle scales_tensor, nb::handle out_tensor, const std::string& isa) {
+    Matrix blocks(blocks_tensor, "blocks"), scales(scales_tensor, "scales"), out(out_tensor, "out", true);
+    std::int64_t k = blocks.columns() * 2;
     check_weight(blocks, scales, k);
-    auto type = parse_type(out.dtype(), "out must be float32 or bfloat16");
-    require(out.shape(0) == n && out.shape(1) == k, "out must be [n, k]");
-    auto chosen = parse_isa(isa);
-    fourfold::ExpandProblem problem{blocks.data(), scales.data(), out.data(), type, static_cast<std::int64_t>(n),
-                                    static_cast<std::int64_t>(k)};
+    if (out.rows() != blocks.rows() || out.columns() != k) out.fail("must be [n, k]");
+    ExpandProblem problem{blocks.data<const std::uint8_t>(), scales.data<const std::uint8_t>(), out.data(),
+                          float_type(out), blocks.rows(), k};
+    Isa chosen = parse_isa(isa);
     nb::gil_scoped_release unlocked;
-    fourfold::mxfp4_expand(problem, chosen);
+    mxfp4_expand(problem, chosen);
 }
 
 nb::dict cpu_features() {
     nb::dict features;
     features["portable"] = true;
-    features["avx512"] = fourfold::cpu_has(fourfold::Isa::avx512);
-    features["avx512bf16"] = fourfold::cpu_has(fourfold::Isa::avx512bf16);
+    features["avx512"] = cpu_has(Isa::avx512);
+    features["avx512bf16"] = cpu_has(Isa::avx512bf16);
     return features;
 }
 
-void set_threads(int count) {
-    require(count >= 1, "threads must be at least 1");
+void set_thread_count(int count) {
+    if (count < 1) throw nb::value_error("threads must be at least 1");
     nb::gil_scoped_release unlocked;
-    fourfold::set_threads(count);
+    set_threads(count);
 }
 
 }  // namespace
+}  // namespace fourfold
 
 NB_MODULE(_native, module) {
-    module.def("mxfp4_linear", &linear, "x"_a, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
-    module.def("mxfp4_expand", &expand, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
-    module.def("cpu_features", &cpu_features);
+    module.def("mxfp4_linear", &fourfold::linear, "x"_a, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
+    module.def("mxfp4_expand", &fourfold::expand, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
+    module.def("cpu_features", &fourfold::cpu_features);
     module.def("threads", &fourfold::threads);
-    module.def("set_threads", &set_threads, "count"_a);
+    module.def("set_threads", &fourfold::set_thread_count, "count"_a);
 }
