@@ -128,6 +128,8 @@ def test_shapes_strides_and_plans(name):
     assert torch.equal(tensor.blocks, fmt.quantize(x.contiguous()).blocks)
     assert torch.equal(fmt.fake_quantize(x), tensor.dequantize())
     assert tensor.nbytes >= x.numel() * fmt.element.bits // 8
+    assert torch.equal(fmt.quantize(base[0].t().contiguous()).blocks, fmt.quantize(base[0].t()).blocks)
+    assert not fmt.quantize(x.clone().requires_grad_()).scales.requires_grad
     for shape in ((0, 128), (128,), (2, 0, 128)):
         assert fmt.quantize(torch.ones(shape)).dequantize().shape == shape
 

@@ -125,6 +125,29 @@ def test_int4_equals_compressed_tensors(group, many_blocks):
     assert torch.equal(codes, expected)
 
 
+def test_nvfp4_equals_ml_dtypes(many_blocks):
+    x = (many_blocks[np.abs(many_blocks).max(-1) > 2.0**-20][:4096].clip(-64, 64)).reshape(-1, 16)
+    tensor = get_format("nvfp4").quantize(torch.from_numpy(x))
+    assert tensor.global_scale is not None
+    amax, unit = np.abs(x).max(-1), tensor.global_scale.numpy()
+    np.testing.assert_array_equal(unit, np.float32(64) / np.float32(448 * 6))
+    scales = np.maximum(amax / np.float32(6) / unit, np.float32(2.0**-9)).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(tensor.scales.numpy()[:, 0], scales.view(np.uint8))
+    scaled = (x / (scales.astype(np.float32) * unit)[:, None]).clip(-6, 6)
+    codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+    np.testing.assert_array_equal(unpack(tensor.blocks, 4).numpy(), codes)
+
+
+@pytest.mark.parametrize(("name", "axis"), [("fp8-tensor", None), ("fp8-channel", -1), ("fp8-token", -1)])
+def test_fp8_equals_ml_dtypes(name, axis, many_blocks):
+    x = many_blocks[np.abs(many_blocks).max(-1) > 2.0**-120].reshape(-1)[: 512 * 4096].reshape(512, 4096)
+    tensor = get_format(name).quantize(torch.from_numpy(x))
+    scales = np.abs(x).max(axis, keepdims=axis is not None) / np.float32(448)
+    np.testing.assert_array_equal(tensor.scales.numpy(), scales)
+    codes = (x / scales).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(tensor.blocks.numpy(), codes)
+
+
 def test_mse_is_never_worse_than_floor_or_one_more(many_blocks):
     blocks = many_blocks[:20_000]
     floor = reference_exponent(np.abs(blocks).max(-1), "mxfp4", ScaleRule.FLOOR)

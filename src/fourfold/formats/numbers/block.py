@@ -44,7 +44,7 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockTensor:
     """A tensor [..., K] in a block format: packed codes and the scales they share.
 
@@ -123,9 +123,10 @@ class BlockFormat(ABC):
         """
         layout, rule = self._checked(x, rule)
         blocks, scales = (torch.empty(s, dtype=d, device=x.device) for s, d in layout.values())
-        runs, whole = self._runs(x), self._whole(x)
+        runs = self._runs(x)
+        whole = self._whole(runs)
         packed = blocks.view(len(runs), -1) if len(runs) else blocks
-        for part in _parts(runs):
+        for part in parts(runs):
             packed[part], own = self._quantize_runs(runs[part], rule, whole)
             if own is not None:
                 scales.view(-1)[part] = own
@@ -139,7 +140,7 @@ class BlockFormat(ABC):
         runs = self._runs(values)
         packed = tensor.blocks.reshape(len(runs), -1) if len(runs) else tensor.blocks
         whole = tensor.global_scale if tensor.scales.ndim else tensor.scales
-        for part in _parts(runs):
+        for part in parts(runs):
             own = tensor.scales.reshape(-1)[part] if tensor.scales.ndim else None
             runs[part] = self._decode(unpack(packed[part], self.element.bits), own, whole)
         return values
@@ -147,9 +148,10 @@ class BlockFormat(ABC):
     def fake_quantize(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> torch.Tensor:
         """``x`` quantized and read back, in its own dtype. Raises as ``quantize`` does."""
         _, rule = self._checked(x, rule)
-        runs, whole = self._runs(x), self._whole(x)
+        runs = self._runs(x)
+        whole = self._whole(runs)
         result = torch.empty_like(runs)
-        for part in _parts(runs):
+        for part in parts(runs):
             codes, own = self._encode(runs[part].float(), rule, whole)
             result[part] = self._decode(codes, own, whole)
         return result.view(x.shape)
@@ -157,9 +159,10 @@ class BlockFormat(ABC):
     def signal_and_noise(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> tuple[float, float]:
         """Sums of ``x^2`` and of the squared error in this format. Raises as ``quantize`` does."""
         _, rule = self._checked(x, rule)
-        runs, whole = self._runs(x), self._whole(x)
+        runs = self._runs(x)
+        whole = self._whole(runs)
         signal = noise = 0.0
-        for part in _parts(runs):
+        for part in parts(runs):
             values = runs[part].float()
             error = self._decode(*self._encode(values, rule, whole), whole).sub_(values)
             signal += values.square().sum(dtype=torch.float64).item()
@@ -186,14 +189,14 @@ class BlockFormat(ABC):
         codes, scales = self._encode(runs.float(), rule, whole)
         return pack(codes, self.element.bits), scales
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _whole(self, runs: torch.Tensor) -> torch.Tensor | None:
         """A float32 scalar that the whole tensor shares, where the format has one."""
         return None
 
     def _runs(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` as [n, run], each run sharing a scale."""
+        """``x`` as contiguous [n, run], each run sharing a scale."""
         run = self.block_size or x.shape[-1]
-        return x.reshape(x.numel() // max(run, 1), run)
+        return x.detach().reshape(x.numel() // max(run, 1), run).contiguous()
 
     def _checked(
         self, x: torch.Tensor, rule: ScaleRule | str | None
@@ -212,7 +215,7 @@ class BlockFormat(ABC):
         return self.empty_shapes(x.shape), ScaleRule(rule)
 
 
-def _parts(runs: torch.Tensor) -> Iterator[slice]:
+def parts(runs: torch.Tensor) -> Iterator[slice]:
     """Slices over the first dimension of about PART_VALUES values each."""
     count, step = len(runs), max(1, PART_VALUES // max(1, math.prod(runs.shape[1:])))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

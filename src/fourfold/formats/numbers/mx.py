@@ -50,8 +50,9 @@ class MXFormat(BlockFormat):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Per block, FLOOR's scale or the next larger one, whichever leaves the smaller squared error.
 
-        A larger step only loses resolution and a smaller scale only clips more, so no other one is tried.
-        Errors are compared in units of the floor scale, so that nothing over- or underflows.
+        Under the next larger scale nothing saturates, so that a still larger one cannot be better. A smaller
+        one clips the largest value by half, which pays so rarely that it is not tried. Errors are compared
+        in units of the floor scale, so that nothing over- or underflows.
         """
         scaled = values * byte_to_inverse(byte)[:, None]
         higher_codes = self.element.encode(scaled / 2)

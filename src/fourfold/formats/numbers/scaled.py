@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fourfold.formats.numbers.block import SCALES, BlockFormat, Layout
+from fourfold.formats.numbers.block import SCALES, BlockFormat, Layout, parts
 from fourfold.formats.numbers.element import E4M3
 from fourfold.formats.numbers.scale import ScaleRule
 
@@ -71,8 +71,8 @@ class TensorScaledFormat(ScaledFormat):
     def _scales_layout(self, leading: list[int], width: int) -> Layout:
         return torch.Size([]), torch.float32
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        return self._hold(largest_magnitude(x) / self.element.max)
+    def _whole(self, runs: torch.Tensor) -> torch.Tensor:
+        return self._hold(largest_magnitudes(runs).max() / self.element.max)
 
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
@@ -99,9 +99,10 @@ class TwoLevelFormat(ScaledFormat):
     def _scales_layout(self, leading: list[int], width: int) -> Layout:
         return super()._scales_layout(leading, width)[0], torch.uint8
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        amax = largest_magnitude(self._runs(x), finite_rows_only=True)
-        return (amax / (self.element.max * E4M3.max)).clamp_min(torch.finfo(torch.float32).tiny)
+    def _whole(self, runs: torch.Tensor) -> torch.Tensor:
+        amax = largest_magnitudes(runs)
+        amax = amax.masked_fill_(~amax.isfinite(), 0).max()
+        return (amax / (self.element.max * E4M3.max)).clamp_min_(SCALES["fp32"].smallest)
 
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
@@ -117,10 +118,8 @@ class TwoLevelFormat(ScaledFormat):
         return self.element.decode(codes) * (scales.view(torch.float8_e4m3fn).float() * whole)[:, None]
 
 
-def largest_magnitude(x: torch.Tensor, finite_rows_only: bool = False) -> torch.Tensor:
-    """Float32 scalar; 0 for a tensor without values. NaN and Inf count unless their rows are left out."""
-    if not x.numel():
-        return torch.zeros((), device=x.device)
-    low, high = x.amin(-1), x.amax(-1)
-    amax = torch.maximum(-low, high).float()
-    return (amax.masked_fill(~amax.isfinite(), 0) if finite_rows_only else amax).max()
+def largest_magnitudes(runs: torch.Tensor) -> torch.Tensor:
+    """Float32 [n] of runs [n, run]; a single 0 where there are no values."""
+    if not runs.numel():
+        return torch.zeros(1, device=runs.device)
+    return torch.cat([runs[part].abs().amax(-1).float() for part in parts(runs)])
