@@ -34,7 +34,7 @@ def chat(
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options |= {"seed": seed} if seed is not None else {}
     partner = open_chat(model, options, threads)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"[bold]{partner.name}[/bold]. {HELP}")
     converse(partner, console, [{"role": "system", "content": system}] if system else [])
 
@@ -82,7 +82,7 @@ def take_turn(partner: "Chat", console: "Console", messages: list[dict[str, str]
     try:
         for piece in partner.reply(messages):
             answer += piece
-            console.print(printable(piece), end="", markup=False, soft_wrap=True)
+            console.print(printable(piece), end="", markup=False)
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/dim]", end="")
     except FourfoldError as error:

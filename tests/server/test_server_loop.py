@@ -1,0 +1,99 @@
+"""Clients that leave, engines that fail, servers that end."""
+
+import threading
+
+import httpx
+import pytest
+from server_harness import eventually
+
+LONG = {"prompt": [9, 8, 7], "max_tokens": 500, "ignore_eos": True}
+
+
+def idle(live) -> bool:
+    stats = live.engine.stats
+    return stats.running == stats.waiting == stats.kv_tokens_used == 0
+
+
+def test_leaving_a_stream_aborts_its_request(live):
+    before = live.engine.stats.aborted
+    with live.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 2}) as response:
+        lines = response.iter_lines()
+        for _ in range(4):
+            next(lines)
+        assert live.engine.stats.running == 2
+    assert eventually(lambda: live.engine.stats.aborted == before + 2)
+    assert idle(live)
+
+
+def test_leaving_before_a_whole_answer_aborts_it(live):
+    before = live.engine.stats.aborted
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.url}/v1/completions", json=LONG | {"n": 8}, timeout=0.3)
+    assert eventually(lambda: live.engine.stats.aborted == before + 8)
+    assert idle(live)
+
+
+def test_a_failed_step_is_a_500_then_503_with_the_reason(start_server, monkeypatch):
+    broken = start_server()
+    step, calls = broken.engine.step, []
+
+    def fails_later():
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("secret detail")
+        return step()
+
+    monkeypatch.setattr(broken.engine, "step", fails_later)
+    with broken.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
+        events = stream.read().decode().split("\n\n")
+    assert stream.status_code == 200 and "engine_failed" in events[-3] and events[-2] == "data: [DONE]"
+    health = broken.http.get("/health")
+    assert health.status_code == 503 and "RuntimeError" in health.json()["reason"]
+    assert "secret" not in health.text + "".join(events)
+    refused = broken.complete(**LONG)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_failed"
+
+
+def test_a_step_that_fails_before_the_first_token_is_a_500(start_server, monkeypatch):
+    broken = start_server()
+    monkeypatch.setattr(broken.engine, "step", lambda: 1 / 0)
+    for stream in (True, False):
+        status = broken.complete(**LONG, stream=stream).status_code
+        assert status == (500 if stream else 503), (
+            "the first request meets the failure, the second hears of it"
+        )
+
+
+def test_an_add_that_breaks_is_a_500_for_that_request_only(start_server, monkeypatch):
+    server = start_server()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.engine, "add", lambda request: {}["x"])
+        assert server.complete(prompt="a").status_code == 500
+    assert server.complete(prompt="a").status_code == 200
+    assert server.http.get("/health").status_code == 200
+
+
+def test_shutting_down_refuses_the_new_and_finishes_the_old(start_server):
+    server = start_server()
+    answers = []
+    old = threading.Thread(target=lambda: answers.append(server.complete(**LONG | {"max_tokens": 100})))
+    old.start()
+    assert eventually(lambda: server.engine.stats.running == 1)
+    server.loop.drain()
+    refused = server.complete(prompt="a")
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+    assert server.http.get("/health").json()["status"] == "shutting_down"
+    old.join(20)
+    assert answers[0].json()["usage"]["completion_tokens"] == 100
+
+
+def test_stop_ends_what_runs_after_the_grace(start_server):
+    server = start_server()
+    answers = []
+    old = threading.Thread(target=lambda: answers.append(server.complete(**LONG)))
+    old.start()
+    assert eventually(lambda: server.engine.stats.running == 1)
+    server.loop.stop(grace_s=0)
+    old.join(10)
+    assert answers[0].status_code == 503
+    assert idle(server)
