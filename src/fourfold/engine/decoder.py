@@ -15,7 +15,7 @@ from torch import Tensor
 from fourfold.core.errors import FourfoldError
 from fourfold.engine.attention import Attention
 from fourfold.engine.layers import FusedLinear, GatedMLP, Linear, RMSNorm
-from fourfold.engine.rotary import Rotary, rotate_
+from fourfold.engine.rotary import Rotary, frequencies, rotate_
 from fourfold.engine.weights import Weights
 
 
@@ -111,6 +111,11 @@ class Decoder(ABC):
         self.norm = weights.norm("model.norm", shape.hidden, shape.eps)
         own_head = not shape.tied or weights.is_packed("lm_head.weight")
         self.head = weights.linear("lm_head", *embedding) if own_head else Linear(self.embedding)
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> None:
+        """Raises FourfoldError for a config that this class cannot follow, before any weight is read."""
+        frequencies(config, Shape.of(config).head_dim)
 
     @abstractmethod
     def build_layer(self, weights: Weights, prefix: str) -> Layer:

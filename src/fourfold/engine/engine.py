@@ -15,9 +15,8 @@ from fourfold.checkpoint import Checkpoint, open_checkpoint
 from fourfold.core.errors import UsageError
 from fourfold.core.records import ModelCard
 from fourfold.engine.attention import DenseAttention, PagedAttention
-from fourfold.engine.decoder import Decoder
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
-from fourfold.engine.loading import build_kv_format, build_model, kv_block_count
+from fourfold.engine.loading import build_kv_format, choose_dtype, find_architecture, kv_block_count
 from fourfold.engine.requests import (
     Completion,
     EngineConfig,
@@ -30,6 +29,7 @@ from fourfold.engine.sampling import SamplingState, choose
 from fourfold.engine.scheduler import Scheduler
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.tokenizer import Tokenizer
+from fourfold.engine.weights import Weights
 
 HEAD_SLICE_TOKENS = 128
 
@@ -43,8 +43,10 @@ class Engine:
         kernels.set_threads(threads)
         self.config = config
         self._card = checkpoint.card()
+        architecture = find_architecture(checkpoint)  # first the quick looks, then the weights
         self.tokenizer = Tokenizer.load(checkpoint)
-        self.model: Decoder = build_model(checkpoint, config)
+        weights = Weights(checkpoint, choose_dtype(checkpoint.config, config))
+        self.model = architecture(checkpoint.config, weights)
         shape = self.model.shape
         self._kv_format = build_kv_format(checkpoint, self.model)
         blocks = kv_block_count(config, shape, self._kv_format)

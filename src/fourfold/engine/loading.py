@@ -10,23 +10,26 @@ from fourfold.core.registry import Registry
 from fourfold.engine.decoder import Decoder, Shape
 from fourfold.engine.kv_format import KVFormat
 from fourfold.engine.requests import EngineConfig
-from fourfold.engine.weights import Weights
 
 ARCHITECTURES = Registry("fourfold.engine.models", "MODEL", "architecture")
 DEFAULT_KV_BYTES = 1 << 30
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def build_model(checkpoint: Checkpoint, config: EngineConfig) -> Decoder:
-    """The checkpoint's model with its weights. Raises UsageError naming the architectures there are."""
+def find_architecture(checkpoint: Checkpoint) -> type[Decoder]:
+    """The class of the checkpoint's model. Raises UsageError naming the architectures there are.
+
+    Reads no weights; a config that the class cannot follow is a FourfoldError here already.
+    """
     name = str(checkpoint.config.get("model_type")).replace("_", "-")
     if name not in ARCHITECTURES.names():
         raise UsageError(
             f"{checkpoint.source} is a '{checkpoint.config.get('model_type')}' model; the engine knows: "
             f"{', '.join(ARCHITECTURES.names())}. Quantizing and converting work without the engine."
         )
-    weights = Weights(checkpoint, choose_dtype(checkpoint.config, config))
-    return ARCHITECTURES.get(name)(checkpoint.config, weights)
+    architecture: type[Decoder] = ARCHITECTURES.get(name)
+    architecture.check(checkpoint.config)
+    return architecture
 
 
 def choose_dtype(model: dict[str, Any], config: EngineConfig) -> torch.dtype:

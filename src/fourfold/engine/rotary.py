@@ -6,6 +6,7 @@ positions is made once: 2 * max_positions * D values in the model's dtype.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,18 +39,26 @@ def rotate_(heads: Tensor, angles: tuple[Tensor, Tensor]) -> None:
 def frequencies(config: dict[str, Any], head_dim: int) -> Tensor:
     """Turning speeds [D/2], radians per position. Raises FourfoldError for a kind of scaling not known."""
     rope = rope_parameters(config)
-    speeds = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
     kind = rope["rope_type"]
-    if kind == "default":
-        return speeds
-    if kind == "linear":
-        return speeds / rope["factor"]
-    if kind == "llama3":
-        return llama3_frequencies(speeds, rope)
-    raise FourfoldError(
-        f"The config's rope type '{kind}' is not known to the engine, which has: default, linear, llama3. "
-        "Use a model with one of these."
-    )
+    if kind not in SCALINGS:
+        raise FourfoldError(
+            f"The config's rope type '{kind}' is not known to the engine, which has: {', '.join(SCALINGS)}. "
+            "Use a model with one of these."
+        )
+    try:
+        theta = float(rope["rope_theta"])
+        speeds = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        return SCALINGS[kind](speeds, rope)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FourfoldError(
+            f"The config's rotary embedding of type '{kind}' lacks or spoils a value ({error}). Restore the "
+            "model's original config.json."
+        ) from error
+
+
+def linear_frequencies(speeds: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Position interpolation (arXiv:2306.15595): all waves stretched alike."""
+    return speeds / rope["factor"]
 
 
 def llama3_frequencies(speeds: Tensor, rope: dict[str, Any]) -> Tensor:
@@ -59,6 +68,13 @@ def llama3_frequencies(speeds: Tensor, rope: dict[str, Any]) -> Tensor:
     turns = old * speeds / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * speeds / factor + kept * speeds
+
+
+SCALINGS: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    "default": lambda speeds, _: speeds,
+    "linear": linear_frequencies,
+    "llama3": llama3_frequencies,
+}
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

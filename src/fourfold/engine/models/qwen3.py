@@ -1,5 +1,7 @@
 """Qwen3, dense: a Llama whose query and key heads are RMS-normed before they are turned."""
 
+from typing import Any
+
 import torch
 
 from fourfold.core.errors import FourfoldError
@@ -11,13 +13,19 @@ from fourfold.engine.weights import Weights
 class Qwen3(Decoder):
     """``model_type: qwen3``. Bias where ``attention_bias`` says so; sliding windows are refused."""
 
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> None:
+        """As for all decoders, and no sliding windows."""
+        super().check(config)
+        if config.get("use_sliding_window"):
+            raise FourfoldError(
+                "config.json asks for sliding window attention, which the engine does not have. Use a model "
+                "without it; quantizing and converting this one work without the engine."
+            )
+
     def build_layer(self, weights: Weights, prefix: str) -> Layer:
         """One block: as Llama's, with self_attn.{q,k}_norm."""
         s = self.shape
-        if self.config.get("use_sliding_window"):
-            raise FourfoldError(
-                "config.json asks for sliding window attention, which the engine does not have."
-            )
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         bias = bool(self.config.get("attention_bias"))
         qkv = {"q_proj": q, "k_proj": kv, "v_proj": kv}
