@@ -118,6 +118,10 @@ class BlockDialect(ABC):
         """From a quantization_config: what gives a module its scheme, and the KV cache's format."""
 
     @abstractmethod
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """Whether ``settings`` leave ``module`` unquantized."""
+
+    @abstractmethod
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

@@ -86,6 +86,10 @@ class Dialect(Protocol):
         """The stored scale of a k_proj or v_proj ``module`` for an FP8 KV cache."""
         ...
 
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """Whether the quantization_config ``settings`` tells its readers that ``module`` is not quantized."""
+        ...
+
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

@@ -30,15 +30,19 @@ class Targets:
                 f"has the target '{short(target)}', which is no regular expression ({error})"
             ) from error
 
-    def scheme_of(self, module: str) -> LayerScheme:
-        """The scheme of a module that is stored quantized. Raises FourfoldError when nothing targets it."""
+    def find(self, module: str) -> LayerScheme | None:
+        """The scheme of a linear module, or None when nothing targets it."""
         if (scheme := self._names.get(module)) is not None:
             return scheme
         for expression, scheme in self._expressions:
             if expression.match(module):
                 return scheme
-        if LINEAR in self._names:
-            return self._names[LINEAR]
+        return self._names.get(LINEAR)
+
+    def scheme_of(self, module: str) -> LayerScheme:
+        """The scheme of a module that is stored quantized. Raises FourfoldError when nothing targets it."""
+        if (scheme := self.find(module)) is not None:
+            return scheme
         raise FourfoldError(
             f"'{short(module)}' is stored quantized, but no config group of quantization_config targets it. "
             "config.json belongs to another folder: copy it again from the model's origin."

@@ -125,6 +125,17 @@ class CompressedTensors(BlockDialect):
         kv = settings.get("kv_cache_scheme")
         return targets.scheme_of, kv and _recognise("KV cache", kv, KV_CACHE, dynamic=False)
 
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """By ``ignore``, or because no group targets it."""
+        ignored = settings.get("ignore")
+        ignore = Targets()
+        for target in ignored if isinstance(ignored, list) else []:
+            ignore.add(str(target), LayerScheme(weight="kept"))
+        targets = Targets()
+        for name, group in settings["config_groups"].items():
+            _read_group(name, group, None, targets)
+        return ignore.find(module) is not None or targets.find(module) is None
+
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

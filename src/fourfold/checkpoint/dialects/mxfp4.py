@@ -68,6 +68,10 @@ class GptOss:
         """Refused: read only."""
         raise _read_only()
 
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """Always: what is quantized is told by the tensors' names."""
+        return True
+
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

@@ -59,6 +59,10 @@ class Plain:
             "or quark, or a recipe without kv_cache."
         )
 
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """Always."""
+        return True
+
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

@@ -77,6 +77,12 @@ class Quark(BlockDialect):
         rules = own.get("scale_rules") if isinstance(own, dict) else None
         return _Layers(settings, rules if isinstance(rules, dict) else {}).scheme_of, _read_kv(settings)
 
+    def says_kept(self, settings: dict[str, Any], module: str) -> bool:
+        """By ``exclude``."""
+        excluded = settings.get("exclude")
+        patterns = excluded if isinstance(excluded, list) else []
+        return any(fnmatch.fnmatchcase(module, str(pattern)) for pattern in patterns)
+
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:

@@ -1,0 +1,83 @@
+"""From one dialect to another: names and configuration change, numbers do not; streamed, resumable."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from fourfold.checkpoint.checkpoint import Checkpoint
+from fourfold.checkpoint.sources import open_checkpoint
+from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_existing
+from fourfold.core.errors import UsageError
+from fourfold.core.manifest import Manifest
+
+
+def convert(
+    source: str | Path,
+    out: Path,
+    dialect: str,
+    *,
+    resume: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Callable[[str, int], None] | None = None,
+) -> Manifest:
+    """Write ``source`` into ``out`` in ``dialect``. ``progress`` gets each tensor's name and bytes after it.
+
+    Notes, recipe, tokenizer and generation settings come along. Raises UsageError when ``dialect`` cannot
+    express a tensor (before anything is written), or when nothing in ``source`` is quantized and ``dialect``
+    is not plain.
+    """
+    refuse_existing(out)
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.quantization.layers and dialect != "plain":
+        raise UsageError(
+            f"{source} holds nothing quantized, so there is nothing to convert to {dialect}. "
+            "Use `fourfold quantize` first."
+        )
+    writer = CheckpointWriter(
+        out,
+        dialect,
+        checkpoint.config,
+        checkpoint.quantization,
+        [checkpoint.info(name) for name in checkpoint.names()],
+        fingerprint={"source": source_fingerprint(checkpoint)},
+        resume=resume,
+        max_shard_bytes=max_shard_bytes,
+        kv_scales=checkpoint.kv_scales,
+    )
+    copy_shards(checkpoint, writer, progress)
+    manifest = checkpoint.manifest
+    return writer.finish(
+        source=str(source),
+        recipe=manifest.recipe if manifest else None,
+        notes=checkpoint.notes,
+        generation_config=checkpoint.generation_config,
+        write_tokenizer=checkpoint.write_tokenizer if has_tokenizer(checkpoint) else None,
+    )
+
+
+def copy_shards(
+    checkpoint: Checkpoint, writer: CheckpointWriter, progress: Callable[[str, int], None] | None = None
+) -> None:
+    """Copy every pending shard, holding one tensor at a time."""
+    for shard in writer.pending():
+        with writer.shard(shard.index) as file:
+            for info in shard.tensors:
+                file.write(info.name, checkpoint.load(info.name))
+                if progress is not None:
+                    progress(info.name, info.nbytes)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there is a tokenizer to carry over; weights alone may be converted without one."""
+    return checkpoint.dialect == "gguf" or bool(checkpoint.tokenizer_files())
+
+
+def source_fingerprint(checkpoint: Checkpoint) -> str:
+    """Changes when the source does: from names, sizes and times of its weights, and its configuration."""
+    base = checkpoint.folder or Path(checkpoint.source).parent
+    shards = sorted({checkpoint.info(name).shard for name in checkpoint.names()})
+    stats = [(shard, (base / shard).stat()) for shard in shards]
+    files = [(shard, stat.st_size, stat.st_mtime_ns) for shard, stat in stats]
+    text = json.dumps([str(base.resolve()), files, checkpoint.config], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
