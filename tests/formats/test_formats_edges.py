@@ -45,8 +45,18 @@ def test_every_bfloat16_takes_the_same_code_on_both_paths():
     assert torch.equal(lean[0], expected[0]) and torch.equal(lean[1], expected[1])
 
 
+def test_subnormals_round_alike_down_to_the_lean_path_s_end():
+    exponents = -torch.arange(115.0, 127)  # the last that FLOOR gives byte 3 is -122
+    blocks = torch.randint(-(2**23), 2**23, (12, 32), generator=torch.Generator().manual_seed(4)) * 2.0**-149
+    blocks[:, 1:5] = torch.tensor([2.0**-126, -(2.0**-127), 3 * 2.0**-128, 2.0**-149])
+    blocks[:, 0] = 2**exponents
+    for block in blocks:
+        lean, expected = fp4.quantize_runs(block[None], ScaleRule.FLOOR), plain(block[None], ScaleRule.FLOOR)
+        assert (lean is None) == (block[0] < 2.0**-122)
+        assert lean is None or torch.equal(lean[0], expected[0])
+
+
 def test_lean_path_leaves_what_it_cannot_do():
-    assert fp4.quantize_runs(torch.full((1, 32), 2.0**-124), ScaleRule.EVEN) is None
     assert fp4.quantize_runs(torch.full((1, 32), torch.nan), ScaleRule.EVEN) is None
     assert fp4.quantize_runs(torch.ones(1, 32), ScaleRule.MSE) is None
 
@@ -128,7 +138,9 @@ def test_shapes_strides_and_plans(name):
     assert torch.equal(tensor.blocks, fmt.quantize(x.contiguous()).blocks)
     assert torch.equal(fmt.fake_quantize(x), tensor.dequantize())
     assert tensor.nbytes >= x.numel() * fmt.element.bits // 8
-    assert torch.equal(fmt.quantize(base[0].t().contiguous()).blocks, fmt.quantize(base[0].t()).blocks)
+    turned = torch.randn(fmt.block_size or 128, 6, generator=torch.Generator().manual_seed(5)).t()
+    assert torch.equal(fmt.quantize(turned).blocks, fmt.quantize(turned.contiguous()).blocks)
+    assert torch.equal(fmt.fake_quantize(turned), fmt.quantize(turned).dequantize())
     assert not fmt.quantize(x.clone().requires_grad_()).scales.requires_grad
     for shape in ((0, 128), (128,), (2, 0, 128)):
         assert fmt.quantize(torch.ones(shape)).dequantize().shape == shape

@@ -19,7 +19,7 @@ import torch
 from fourfold.formats.numbers.element import E2M1
 from fourfold.formats.numbers.scale import NAN_BYTE, ScaleRule, shared_exponent_byte
 
-SMALLEST_PLAIN_BYTE = 4  # below it, a float32 subnormal can be a quarter of the scale or more
+SMALLEST_BYTE = 3  # below it, a float32 subnormal can be a quarter of the scale or more
 
 
 def quantize_runs(runs: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -30,7 +30,7 @@ def quantize_runs(runs: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, to
     magnitude = patterns & 0x7FFF
     amax = magnitude.amax(-1)
     byte = shared_exponent_byte(amax.view(torch.bfloat16), E2M1, rule)
-    small = byte < SMALLEST_PLAIN_BYTE
+    small = byte < SMALLEST_BYTE
     if ((small & (amax > 0)) | (byte == NAN_BYTE)).any():
         return None
     exponent = (byte.to(torch.int16) - 127).masked_fill_(small, 0)
