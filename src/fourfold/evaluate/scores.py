@@ -2,7 +2,7 @@
 
 Loss is -log p(token). KL(base || model) = sum_v p_base(v) (log p_base(v) - log p_model(v)), in nats, over the
 whole vocabulary. Logits are read as float32 and normalised in float32, a few rows at a time, so that memory
-beyond the logits themselves stays at some tens of megabytes; sums are float64.
+beyond the logits themselves stays at some megabytes; sums over tokens are float64.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 from fourfold.core.errors import FourfoldError
 from fourfold.core.protocols import LanguageModel
 
-ROWS_AT_A_TIME = 64
+ROWS_AT_A_TIME = 8  # some megabytes at a time stay in the cache: twice as fast as 64
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ def score_window(token_ids: list[int], model: LanguageModel, base: LanguageModel
 def checked_logits(model: LanguageModel, token_ids: list[int]) -> torch.Tensor:
     """Float32 logits [T, V] of a window, or an error that names the first row which is not finite."""
     logits = torch.from_numpy(np.asarray(model.logits(token_ids), dtype=np.float32))
-    # the sum of a row is finite exactly when no entry is NaN or infinite, and needs no mask of the same size
-    sums = logits.sum(dim=-1, dtype=torch.float64)
-    if not bool(torch.isfinite(sums).all()):
-        row = int((~torch.isfinite(sums)).nonzero()[0])
+    # a row's sum is finite only if all of it is; the slow look is for the rare row whose sum is not
+    if not bool(torch.isfinite(logits.sum(dim=-1)).all()) and not bool(torch.isfinite(logits).all()):
+        row = int((~torch.isfinite(logits).all(dim=-1)).nonzero()[0])
         raise FourfoldError(
             f"'{model.card.name}' gives logits that are not finite (NaN or infinite) at token {row} of a "
             "window. Its weights or scales are damaged: run `fourfold verify` on the folder, or remake it."
