@@ -1,5 +1,8 @@
 """Mixtures of experts: which tensors are rounded, and that fused experts come apart the right way round."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from compress_models import build_moe, fuse_as_transformers, read_all
@@ -144,3 +147,27 @@ def test_the_orientation_follows_from_shapes_then_from_the_model_type(model_type
 def test_a_layout_that_stays_open_is_an_error(model_type, shapes):
     with pytest.raises(FourfoldError, match=r"cannot tell.*`keep` entry"):
         unfuse(next(iter(shapes)), shapes, {"model_type": model_type, "hidden_size": H})
+
+
+def test_packed_gpt_oss_expands_to_the_layout_of_transformers(moe, tmp_path):
+    """The weights that transformers' own expansion of the same blocks gives."""
+    from safetensors.torch import save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    source, prefix = tmp_path / "packed", "model.layers.0.mlp.experts"
+    shutil.copytree(moe["gpt_oss"], source)
+    stored = read_all(source)
+    expected = {}
+    for leaf in ("gate_up_proj", "down_proj"):
+        packed = get_format("mxfp4").quantize(stored.pop(f"{prefix}.{leaf}").mT.contiguous())
+        blocks = packed.blocks.unflatten(-1, (-1, 16))
+        stored |= {f"{prefix}.{leaf}_blocks": blocks, f"{prefix}.{leaf}_scales": packed.scales}
+        expected[leaf] = convert_moe_packed_tensors(blocks, packed.scales)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (source / "config.json").write_text(json.dumps(config))
+    quantize(source, tmp_path / "out", "bf16", "plain")
+    wide = read_all(tmp_path / "out")
+    for leaf, value in expected.items():
+        assert torch.equal(wide[f"{prefix}.{leaf}"], value)

@@ -60,6 +60,27 @@ def test_shipped_recipes_reach_the_file_and_the_card(tiny_llama, tmp_path, name)
     assert (card.weight_format, card.activation_format) == ("mxfp4", load_recipe(name).rules[0].activation)
 
 
+def test_both_dialects_hold_the_same_numbers(tiny_llama, tmp_path):
+    quantize(tiny_llama, tmp_path / "a", "mxfp4", "compressed-tensors")
+    quantize(tiny_llama, tmp_path / "b", "mxfp4", "quark")
+    a, b = open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "b")
+    assert (a.dialect, b.dialect) == ("compressed-tensors", "quark")
+    assert a.quantization.layers.keys() == b.quantization.layers.keys()
+    for module in a.quantization.layers:
+        one, other = a.load(f"{module}.weight"), b.load(f"{module}.weight")
+        assert torch.equal(one.scales, other.scales)
+        assert torch.equal(one.dequantize(), other.dequantize())
+
+
+def test_an_fp8_kv_cache_is_recorded_and_counted(tiny_llama, tmp_path):
+    recipe = load_recipe("mxfp4").model_copy(update={"kv_cache": "fp8"})
+    quantize(tiny_llama, tmp_path / "out", recipe)
+    out = open_checkpoint(tmp_path / "out")
+    assert out.quantization.kv_cache == out.card().kv_cache_format == "fp8"
+    assert len(out.kv_scales) == 4
+    assert plan(tiny_llama, recipe).output_bytes == tensor_bytes(tmp_path / "out")
+
+
 def test_an_import_casts_floats_and_changes_nothing_else(tmp_path):
     source = build_tiny_model(tmp_path / "source")
     bf16 = read_all(source)
@@ -121,9 +142,8 @@ print(predicted, 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/s
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux's /proc")
 def test_the_predicted_peak_is_not_exceeded_and_not_far_off(tmp_path):
-    source = build_tiny_model(
-        tmp_path / "source", hidden_size=1024, intermediate_size=6144, vocab_size=32000, num_hidden_layers=1
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "vocab_size": 32000}
+    source = build_tiny_model(tmp_path / "source", num_hidden_layers=1, tie_word_embeddings=True, **sizes)
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")],

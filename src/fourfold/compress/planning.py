@@ -28,7 +28,8 @@ from fourfold.core.errors import UsageError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
 
-TEMPORARY_BYTES_PER_THREAD = 24 * 2**20  # parts of 2^18 values in a dozen float32 and int32 temporaries
+# parts of 2^18 values in a dozen temporaries; and the C library keeps freed pieces of up to 32 MiB a thread
+SLACK_BYTES_PER_THREAD = (24 + 32) * 2**20
 TIMED_BYTES = 64 * 2**20  # no larger tensor is timed, so that a dry run stays short
 
 
@@ -105,7 +106,7 @@ def predict_peak_bytes(model: Model, threads: int | None = None) -> int:
             waiting.pop(0)
         waiting.append(name)
         worst = max(worst, _bytes_in_work(model, waiting))
-    return _resident_bytes() + worst + threads * TEMPORARY_BYTES_PER_THREAD
+    return _resident_bytes() + worst + threads * SLACK_BYTES_PER_THREAD
 
 
 def estimate_time_s(model: Model, output_bytes: int, threads: int | None = None) -> float:
@@ -139,9 +140,7 @@ def _bytes_in_work(model: Model, names: list[str]) -> int:
     """Bytes of the tensors being made: what they are read from, and the blocks or pieces they become."""
     entries = [model.entries[name] for name in names]
     sources = {entry.source.name: entry.source.nbytes for entry in entries}
-    made = (
-        entry.info.nbytes for entry in entries if entry.info.name != entry.source.name or entry.info.format
-    )
+    made = (entry.info.nbytes for entry in entries if entry.info is not entry.source)
     return sum(sources.values()) + sum(made)
 
 

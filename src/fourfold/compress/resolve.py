@@ -44,7 +44,7 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
         if reason is None:
             layers[module_of(name)] = _scheme(name, entry.info, recipe, checkpoint)
         else:
-            entry, kept[name] = _cast(entry, recipe), reason
+            entry, kept[name] = _cast(entry, recipe, checkpoint.dialect), reason
         entries[name] = entry
     if recipe.formats and not layers:
         raise UsageError(
@@ -120,11 +120,18 @@ def _scheme(name: str, info: TensorInfo, recipe: Recipe, checkpoint: Checkpoint)
     return scheme
 
 
-def _cast(entry: Entry, recipe: Recipe) -> Entry:
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
-    if dtype is None:
+def _cast(entry: Entry, recipe: Recipe, dialect: str) -> Entry:
+    """``entry`` in the recipe's dtype, without blocks; fused experts as transformers holds them."""
+    if recipe.dtype is None:
         return entry
-    return replace(entry, info=retyped(entry.info, dtype), load=lambda: plain(entry.load(), dtype))
+    dtype = DTYPES[recipe.dtype]
+    info = retyped(entry.info, dtype)
+    if dialect != "mxfp4" or entry.info.format is None:
+        return replace(entry, info=info, load=lambda: plain(entry.load(), dtype))
+    # gpt-oss packs experts as [E, out, in], and transformers expands them to [E, in, out]
+    *leading, rows, columns = info.shape
+    info = replace(info, shape=(*leading, columns, rows))
+    return replace(entry, info=info, load=lambda: plain(entry.load(), dtype).mT)
 
 
 def _refuse_quantized(checkpoint: Checkpoint, recipe: Recipe) -> None:

@@ -40,9 +40,11 @@ def fits(model: Model, waiting: list[str], name: str, threads: int) -> bool:
     """Whether ``name`` may be worked on beside ``waiting``."""
     if len(waiting) >= AHEAD * threads:
         return False
-    sources = {
-        entry.source.name: entry.source.nbytes for entry in (model.entries[n] for n in [*waiting, name])
-    }
+    sources: dict[str, int] = {}
+    for entry in (model.entries[n] for n in [*waiting, name]):
+        # packed tensors that an import expands count with what they become
+        size = max(entry.source.nbytes, entry.info.nbytes)
+        sources[entry.source.name] = max(size, sources.get(entry.source.name, 0))
     return len(sources) == 1 or sum(sources.values()) <= BUDGET_BYTES
 
 
