@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from fourfold.checkpoint import open_checkpoint
+from fourfold.checkpoint.card import weight_format
 from fourfold.checkpoint.dialect import get_dialect
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointPlan
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
@@ -156,7 +157,7 @@ def _tensor_plan(name: str, model: Model, kept_because: str | None) -> TensorPla
     return TensorPlan(
         name=name,
         shape=list(info.shape),
-        format=info.format or str(info.dtype).removeprefix("torch."),
+        format=weight_format([info]),
         scale_rule=scheme.scale_rule if scheme else None,
         activation=scheme.activation if scheme else None,
         nbytes=info.nbytes,
