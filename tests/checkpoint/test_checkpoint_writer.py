@@ -1,0 +1,186 @@
+"""The writer: killed anywhere and resumed it gives the same bytes; what it cannot do it refuses, clearly."""
+
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_helpers import projections, quantize_folder
+
+from fourfold.checkpoint import CheckpointWriter, TensorInfo, open_checkpoint
+from fourfold.checkpoint.writer import partial_folder
+from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.quantization import Quantization
+
+SHARD_BYTES = 12_000
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def make(source: Path, out: Path, **options) -> Path:
+    options = {"max_shard_bytes": SHARD_BYTES, "kv_cache": "fp8"} | options
+    return quantize_folder(source, out, "compressed-tensors", projections(), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory) -> Path:
+    """Written without an interruption, in many shards."""
+    return make(tiny_llama, tmp_path_factory.mktemp("whole") / "model")
+
+
+def test_the_folder_is_complete(whole, tiny_llama):
+    checkpoint = open_checkpoint(whole)
+    assert len(list(whole.glob("*.safetensors"))) > 4
+    assert checkpoint.manifest is not None
+    assert set(checkpoint.manifest.sha256) == {p.name for p in whole.iterdir()} - {"fourfold.json"}
+    assert set(checkpoint.names()) == set(open_checkpoint(tiny_llama).names())
+    assert not partial_folder(whole).exists()
+    assert (whole / "tokenizer.json").read_bytes() == (tiny_llama / "tokenizer.json").read_bytes()
+
+
+def test_a_stop_at_any_shard_boundary_changes_no_byte(whole, tiny_llama, tmp_path):
+    shards = len(list(whole.glob("*.safetensors")))
+    for stop in range(shards):
+        out = tmp_path / f"stopped-{stop}" / "model"
+        out.parent.mkdir()
+        make(tiny_llama, out, stop_after=stop)
+        assert not out.exists() and partial_folder(out).is_dir()
+        make(tiny_llama, out, resume=True)
+        assert contents(out) == contents(whole)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fourfold.checkpoint.convert import convert
+seen = []
+def progress(name, nbytes):
+    seen.append(name)
+    if len(seen) == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], Path(sys.argv[2]), "quark", max_shard_bytes=12_000, progress=progress)
+"""
+
+
+def test_a_kill_inside_a_shard_can_be_resumed(whole, tmp_path):
+    from fourfold.checkpoint.convert import convert
+
+    convert(whole, tmp_path / "whole", "quark", max_shard_bytes=SHARD_BYTES)
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(whole), str(out)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    left = partial_folder(out)
+    assert list(left.glob("*.safetensors")) and list(left.glob("*.safetensors.tmp"))
+    convert(whole, out, "quark", max_shard_bytes=SHARD_BYTES, resume=True)
+    mine, theirs = contents(out), contents(tmp_path / "whole")
+    # the card carries the folder's name
+    assert mine.pop("fourfold.json") == theirs.pop("fourfold.json").replace(b'"whole"', b'"killed"')
+    assert mine == theirs
+
+
+def test_a_damaged_finished_shard_is_written_again(whole, tiny_llama, tmp_path):
+    out = tmp_path / "model"
+    make(tiny_llama, out, stop_after=3)
+    shard = sorted(partial_folder(out).glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    make(tiny_llama, out, resume=True)
+    assert contents(out) == contents(whole)
+
+
+def test_a_kill_before_the_last_rename_can_be_resumed(whole, tiny_llama, tmp_path):
+    out = tmp_path / "model"
+    make(tiny_llama, out)
+    out.rename(partial_folder(out))
+    make(tiny_llama, out, resume=True)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"fingerprint": {"source": "another"}}, "another source: the tiny model then, another now"),
+        ({"fingerprint": {"source": "the tiny model", "recipe": "x"}}, "another recipe: None then, x now"),
+        ({"max_shard_bytes": 50_000}, "another layout"),
+        ({"kv_cache": None}, "another layout"),
+    ],
+)
+def test_resuming_another_work_is_refused(tiny_llama, tmp_path, change, field):
+    make(tiny_llama, tmp_path / "model", stop_after=1)
+    with pytest.raises(UsageError, match=field):
+        make(tiny_llama, tmp_path / "model", resume=True, **change)
+
+
+def test_an_existing_output_is_refused(whole, tiny_llama):
+    with pytest.raises(UsageError, match="exists already"):
+        make(tiny_llama, whole, resume=True)
+
+
+def test_interrupted_work_is_not_overwritten_without_resume(tiny_llama, tmp_path):
+    make(tiny_llama, tmp_path / "model", stop_after=1)
+    with pytest.raises(UsageError, match="--resume, or delete"):
+        make(tiny_llama, tmp_path / "model")
+
+
+def test_a_damaged_journal_is_refused(tiny_llama, tmp_path):
+    make(tiny_llama, tmp_path / "model", stop_after=1)
+    (partial_folder(tmp_path / "model") / "journal.json").write_text("{}")
+    with pytest.raises(FourfoldError, match="damaged"):
+        make(tiny_llama, tmp_path / "model", resume=True)
+
+
+def test_a_full_disk_leaves_work_that_can_be_resumed(whole, tiny_llama, tmp_path):
+    # a limit on the size of files fails as a full disk does, in the same calls, without a disk of its own
+    out = tmp_path / "model"
+    largest = max(path.stat().st_size for path in whole.glob("*.safetensors"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+    try:
+        with pytest.raises(FourfoldError, match=r"No room for .*--resume"):
+            make(tiny_llama, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists() and not list(partial_folder(out).glob("*.safetensors.tmp"))
+    make(tiny_llama, out, resume=True)
+    assert contents(out) == contents(whole)
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from fourfold.checkpoint.journal import Journal
+from fourfold.core.errors import FourfoldError
+try:
+    Journal(Path(sys.argv[1]), {}, True)
+except FourfoldError as error:
+    print(error)
+"""
+
+
+def test_two_processes_cannot_write_into_one_folder(tmp_path):
+    info = TensorInfo("a", (2,), torch.float32, None, 8)
+    writer = CheckpointWriter(tmp_path / "out", "plain", {}, Quantization(), [info], fingerprint={})
+    done = subprocess.run([sys.executable, "-c", LOCKED, str(writer.work)], capture_output=True, text=True)
+    assert "Another process is writing" in done.stdout
+
+
+def test_what_was_not_planned_is_refused(tmp_path):
+    info = TensorInfo("a", (2,), torch.float32, None, 8)
+    writer = CheckpointWriter(tmp_path / "out", "plain", {}, Quantization(), [info], fingerprint={})
+    with pytest.raises(FourfoldError, match="was planned as"), writer.shard(0) as file:
+        file.write("a", torch.ones(3))
+    with pytest.raises(FourfoldError, match="not planned"), writer.shard(0) as file:
+        file.write("b", torch.ones(2))
+    with pytest.raises(FourfoldError, match="still lacks 1 shards"):
+        writer.finish(source="x")
+
+
+def test_a_read_only_dialect_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="read only"):
+        CheckpointWriter(tmp_path / "out", "mxfp4", {}, Quantization(), [], fingerprint={})
+    with pytest.raises(UsageError, match=r"Unknown dialect 'gptq'.*quark"):
+        CheckpointWriter(tmp_path / "out", "gptq", {}, Quantization(), [], fingerprint={})
