@@ -109,6 +109,25 @@ def test_experts_that_a_recipe_keeps_stay_fused(moe):
     assert "model.layers.0.mlp.experts.gate_up_proj" in {t.name for t in dry.kept}
 
 
+def test_experts_are_cut_together_when_some_are_rounded(moe):
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.experts.*.down_proj", "*.experts.1.*"]})
+    dry = plan(moe["gpt_oss"], recipe)
+    kept = {t.name: t.kept_because for t in dry.kept}
+    assert not any(name.endswith(("gate_up_proj", "experts.down_proj", "_bias")) for name in kept)
+    prefix = "model.layers.0.mlp.experts"
+    assert kept[f"{prefix}.0.down_proj.weight"] == "keep: *.experts.*.down_proj"
+    assert kept[f"{prefix}.1.gate_proj.weight"] == "keep: *.experts.1.*"
+    assert kept[f"{prefix}.0.down_proj.bias"] == "not a weight"
+    assert sum(".experts." in t.name for t in dry.quantized) == 6
+
+
+def test_fused_experts_that_are_named_stay_with_their_bias(moe):
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.experts.down_proj"]})
+    kept = {tensor.name for tensor in plan(moe["gpt_oss"], recipe).kept}
+    prefix = "model.layers.0.mlp.experts"
+    assert {f"{prefix}.down_proj", f"{prefix}.down_proj_bias", f"{prefix}.3.gate_proj.bias"} <= kept
+
+
 H, INNER = 64, 48
 UP, DOWN = "l.layers.0.mlp.experts.gate_up_proj", "l.layers.0.mlp.experts.down_proj"
 

@@ -60,35 +60,42 @@ def _entries(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, Entr
     """The checkpoint's tensors, with fused experts in pieces wherever a rule rounds one of them."""
     infos = {name: checkpoint.info(name) for name in checkpoint.names()}
     shapes = {name: info.shape for name, info in infos.items()}
+    apart = _experts_to_cut(shapes, recipe)
     reader = FusedReader(checkpoint)
     for name, info in infos.items():
-        pieces = unfuse(name, shapes, checkpoint.config) if _wants_pieces(name, info, recipe) else []
-        for piece in pieces:
-            dtype = info.dtype or torch.bfloat16
-            nbytes = torch.Size(piece.shape).numel() * dtype.itemsize
-            of_piece = TensorInfo(piece.name, piece.shape, dtype, None, nbytes)
-            yield piece.name, Entry(of_piece, partial(reader.take, name, piece), info)
-        if not pieces:
+        if name not in apart:
             yield name, Entry(info, partial(checkpoint.load, name), info)
+            continue
+        assert info.dtype is not None, "quantized sources were refused"
+        for piece in unfuse(name, shapes, checkpoint.config):
+            nbytes = torch.Size(piece.shape).numel() * info.dtype.itemsize
+            of_piece = TensorInfo(piece.name, piece.shape, info.dtype, None, nbytes)
+            yield piece.name, Entry(of_piece, partial(reader.take, name, piece), info)
 
 
-def _wants_pieces(name: str, info: TensorInfo, recipe: Recipe) -> bool:
-    """Whether ``name`` holds fused experts of which the recipe rounds at least one."""
-    fused = parse_fused(name, info.shape)
-    if fused is None or first_match(recipe.keep, module_of(name)):
-        return False
-    wanted = (
-        f"{fused.experts}.{expert}.{projection}.weight"
-        for expert in range(info.shape[0])
-        for projection in fused.projections
-    )
-    return any(kept_reason(one, recipe) is None for one in wanted)
+def _experts_to_cut(shapes: dict[str, tuple[int, ...]], recipe: Recipe) -> set[str]:
+    """The fused tensors of every layer of which the recipe rounds an expert; the others stay as they are.
+
+    Weights and biases of one layer go together, because a reader expects all or none of them one by one; only
+    what a `keep` entry names itself stays fused.
+    """
+    cut: dict[str, set[str]] = {}
+    rounded: set[str] = set()
+    for name, shape in shapes.items():
+        fused = parse_fused(name, shape)
+        if fused is None or first_match(recipe.keep, module_of(name.removesuffix("_bias"))):
+            continue
+        cut.setdefault(fused.experts, set()).add(name)
+        modules = (f"{fused.experts}.{e}.{p}.weight" for e in range(shape[0]) for p in fused.projections)
+        if any(kept_reason(module, recipe) is None for module in modules):
+            rounded.add(fused.experts)
+    return {name for experts in rounded for name in cut[experts]}
 
 
 def _reason(name: str, info: TensorInfo, recipe: Recipe) -> str | None:
     """Why the tensor is kept, or None when it is rounded. Raises FourfoldError for what nobody can tell."""
     if not recipe.formats:
-        return "no rule matches"
+        return "the recipe rounds nothing"
     if parse_fused(name, info.shape):
         return "experts kept by the recipe"
     reason = not_linear(name, info.shape) or kept_reason(name, recipe)
