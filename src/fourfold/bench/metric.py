@@ -28,11 +28,12 @@ class Metric:
     """A named figure with its unit, the sentence that defines it, and which direction is good.
 
     ``values`` maps the requests of a run to numbers; ``statistics`` is empty when that is a single number for
-    the run. ``rank`` orders tables.
+    the run. ``short`` heads narrow columns; ``rank`` orders tables.
     """
 
     name: str
     title: str
+    short: str
     unit: str
     better: str
     definition: str

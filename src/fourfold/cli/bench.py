@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "output_throughput_tok_s": "output\ntok/s",
-    "ttft_ms_p50": "TTFT p50\nms",
-    "ttft_ms_p90": "TTFT p90\nms",
-    "tpot_ms_p50": "TPOT p50\nms",
-    "itl_ms_p99": "ITL p99\nms",
-    "e2e_ms_p50": "end-to-end\np50 ms",
+    "ttft_ms_p50": "TTFT\np50 ms",
+    "tpot_ms_p50": "TPOT\np50 ms",
+    "itl_ms_p99": "ITL\np99 ms",
+    "e2e_ms_p50": "whole\np50 ms",
 }
 
 
@@ -150,11 +149,12 @@ class Display:
 
     def table(self) -> "Table":
         """All runs so far; excluded runs show why and no figures."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title="closed-loop runs")
+        table = Table(title="closed-loop runs", box=box.SIMPLE, padding=(0, 1))
         table.add_column("profile")
-        for name in ("tokens\nin / out", "users", *COLUMNS.values(), "errors"):
+        for name in ("tokens\nin/out", "users", *COLUMNS.values(), "errors"):
             table.add_column(name, justify="right")
         for _, record in self.runs:
             table.add_row(*row(record), style="dim" if record.excluded else None)
@@ -169,7 +169,7 @@ def row(record: "RunRecord") -> list[str]:
     settings = record.settings
     cells = [
         settings.profile,
-        f"{settings.input_tokens} / {settings.output_tokens}",
+        f"{settings.input_tokens}/{settings.output_tokens}",
         str(settings.concurrency),
     ]
     figures = ["excluded" if record.excluded else figure(record.metrics.get(key)) for key in COLUMNS]

@@ -13,7 +13,8 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 
 METRIC = Metric(
     name="e2e_ms",
-    title="End-to-end latency",
+    title="End-to-end latency (E2E)",
+    short="E2E",
     unit="ms",
     better="lower",
     definition="From sending the request to the arrival of its last output token.",

@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="error_rate",
     title="Error rate",
+    short="errors",
     unit="share",
     better="lower",
     definition="Requests that failed or were not answered with exactly the tokens asked for, divided by "

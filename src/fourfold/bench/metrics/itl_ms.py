@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="itl_ms",
     title="Inter-token latency (ITL)",
+    short="ITL",
     unit="ms",
     better="lower",
     definition="Time between two neighbouring output tokens of a request, over all such gaps of all "

@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="output_throughput_tok_s",
     title="Output throughput",
+    short="output",
     unit="tok/s",
     better="higher",
     definition="Output tokens of all successful requests, divided by the time from the first request sent "

@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="request_throughput_req_s",
     title="Request throughput",
+    short="requests",
     unit="req/s",
     better="higher",
     definition="Successful requests, divided by the time from the first request sent to the last response "

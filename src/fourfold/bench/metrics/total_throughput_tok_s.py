@@ -16,6 +16,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="total_throughput_tok_s",
     title="Total throughput",
+    short="total",
     unit="tok/s",
     better="higher",
     definition="Prompt and output tokens of all successful requests, divided by the time from the first "

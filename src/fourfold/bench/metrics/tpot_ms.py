@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="tpot_ms",
     title="Time per output token (TPOT)",
+    short="TPOT",
     unit="ms",
     better="lower",
     definition="For each request, (end-to-end - TTFT) / (output tokens - 1).",

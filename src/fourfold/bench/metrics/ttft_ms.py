@@ -14,6 +14,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="ttft_ms",
     title="Time to first token (TTFT)",
+    short="TTFT",
     unit="ms",
     better="lower",
     definition="From sending the request to the arrival of its first output token; queueing and the "

@@ -15,6 +15,7 @@ def values(requests: Sequence[RequestRecord]) -> list[float]:
 METRIC = Metric(
     name="user_speed_tok_s",
     title="Speed per user",
+    short="per user",
     unit="tok/s/user",
     better="higher",
     definition="For each request, (tokens - 1) divided by the time from its first to its last token: the "
