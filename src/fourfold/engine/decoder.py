@@ -2,6 +2,9 @@
 
     x = embed(tokens);  for each layer: x += attention(norm(x)); x += mlp(norm(x));  logits = head(norm(x))
 
+The sum x is float32 whatever the dtype of the weights: next to free, and its rounding at every layer would be
+the largest error of a bfloat16 model.
+
 An architecture's file says how its config reads and how one layer is built from the checkpoint's names.
 """
 
@@ -122,8 +125,8 @@ class Decoder(ABC):
         """The layer whose parameters' names begin with ``prefix``."""
 
     def hidden(self, token_ids: Tensor, attention: Attention) -> Tensor:
-        """States [T, hidden] before the last norm, for token ids [T] standing at attention.positions."""
-        x = F.embedding(token_ids, self.embedding)
+        """Float32 states [T, hidden] before the last norm, for ids [T] standing at attention.positions."""
+        x = F.embedding(token_ids, self.embedding).float()
         angles = self.rotary.at(attention.positions)
         for index, layer in enumerate(self.layers):
             x.add_(layer.attention(layer.attention_norm(x), index, angles, attention))

@@ -41,16 +41,16 @@ class FusedLinear:
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: float32 in, the weight's dtype out."""
 
-    __slots__ = ("eps", "shape", "weight")
+    __slots__ = ("dtype", "eps", "shape", "weight")
 
     def __init__(self, weight: Tensor, eps: float):
-        self.weight, self.eps, self.shape = weight, eps, (weight.shape[-1],)
+        self.weight, self.dtype, self.eps, self.shape = weight.float(), weight.dtype, eps, weight.shape
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [..., size] -> the same shape."""
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.shape, self.weight, self.eps).to(self.dtype)
 
 
 class GatedMLP:
