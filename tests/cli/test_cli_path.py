@@ -93,6 +93,12 @@ def test_a_dry_run_writes_nothing(fourfold, tiny_llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_names_with_brackets_are_printed_as_they_are(fourfold, tiny_llama, tmp_path):
+    out = tmp_path / "mine[bold]"
+    assert "mine[bold]" in fourfold("quantize", tiny_llama, out).out
+    assert "mine[bold]" in fourfold("verify", out).out
+
+
 def test_verify_tells_a_changed_byte(fourfold, tiny_llama, tmp_path):
     fourfold("quantize", tiny_llama, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"

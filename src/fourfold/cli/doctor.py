@@ -29,6 +29,7 @@ def doctor(
 
 def show(record: "DoctorRecord") -> None:
     """Print the findings for a person."""
+    from rich.markup import escape
     from rich.table import Table
 
     from fourfold.cli.output import stdout
@@ -37,5 +38,5 @@ def show(record: "DoctorRecord") -> None:
     table = Table("", "state", "found", "what to do")
     for check in record.checks:
         state = f"[{colours[check.state]}]{check.state}[/]"
-        table.add_row(check.name, state, check.found, check.remedy or "")
+        table.add_row(check.name, state, escape(check.found), escape(check.remedy or ""))
     stdout.print(table)

@@ -50,7 +50,7 @@ def evaluate(
     gates = parse_gates(gate or [], has_base=against is not None)
     texts = read_texts(text) if text else default_texts()
     # logits of whole windows go past the paged cache, so that one block of it is enough
-    config = EngineConfig(threads=threads, kv_cache_tokens=16)
+    config = EngineConfig(threads=threads, kv_block_size=16, kv_cache_tokens=16)
     engine = Engine.load(model, config)
     base = None if against is None else Engine.load(against, config)
     with progress_bar("windows") as progress:
@@ -72,6 +72,7 @@ def evaluate(
 def show(record: "EvaluationRecord") -> None:
     """Print the record for a person."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     from fourfold.cli.output import estimate_text, stdout
@@ -89,7 +90,7 @@ def show(record: "EvaluationRecord") -> None:
                 estimate_text(quality.kl_divergence, 4),
                 estimate_text(quality.top1_agreement, 1, percent=True),
             ]
-        table.add_row(name, *cells, style="bold" if name == "overall" else None)
+        table.add_row(escape(name), *cells, style="bold" if name == "overall" else None)
     stdout.print(_heading(record), soft_wrap=True)
     stdout.print(table)
     stdout.print(_remarks(record), soft_wrap=True)
@@ -98,14 +99,19 @@ def show(record: "EvaluationRecord") -> None:
 
 
 def _heading(record: "EvaluationRecord") -> str:
+    from rich.markup import escape
+
     cards = [record.model] if record.base is None else [record.model, record.base]
     lines = [
-        f"{card.name}: {card.weight_format}, {card.bits_per_weight:.2f} bits per weight" for card in cards
+        f"{escape(card.name)}: {card.weight_format}, {card.bits_per_weight:.2f} bits per weight"
+        for card in cards
     ]
     return "\nagainst ".join(lines)
 
 
 def _remarks(record: "EvaluationRecord") -> str:
+    from rich.markup import escape
+
     notes = {note for card in (record.model, record.base) if card is not None for note in card.notes}
     overall = record.overall
     windows = f"{overall.tokens} tokens scored in {overall.windows} windows of {record.window_tokens}"
@@ -114,7 +120,7 @@ def _remarks(record: "EvaluationRecord") -> str:
         lines += [
             "KL: mean KL(base || model), nats per token. Agreement: both have the same likeliest token."
         ]
-    return "\n".join([*lines, *(f"Note: {note}" for note in sorted(notes))])
+    return "\n".join([*lines, *(f"Note: {escape(note)}" for note in sorted(notes))])
 
 
 def _verdict(record: "EvaluationRecord", result: "GateResult") -> str:

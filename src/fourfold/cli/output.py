@@ -11,6 +11,7 @@ from fourfold.core.durable import write_file
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import Estimate
 
+# what comes from outside (names, paths, notes) goes through rich.markup.escape: [brackets] are markup here
 stdout = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 

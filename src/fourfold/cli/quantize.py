@@ -75,25 +75,29 @@ def run(source: str, out: Path, recipe: str, dialect: str, resume: bool) -> "Qua
 
 def show(record: "QuantizationRecord") -> None:
     """Print the summary for a person."""
+    from rich.markup import escape
     from rich.table import Table
 
     from fourfold.cli.output import bytes_text, stdout
 
     table = Table("", "format", "size", "bits per weight")
     for label, card in ((record.source, record.source_card), (record.out, record.card)):
-        table.add_row(label, card.weight_format, bytes_text(card.size_bytes), f"{card.bits_per_weight:.2f}")
+        table.add_row(
+            escape(label), card.weight_format, bytes_text(card.size_bytes), f"{card.bits_per_weight:.2f}"
+        )
     stdout.print(table)
     stdout.print(
-        f"{record.out}: recipe {record.recipe}, dialect {record.dialect}, "
+        f"{escape(record.out)}: recipe {escape(record.recipe)}, dialect {record.dialect}, "
         f"{record.seconds:.1f} s, peak memory {bytes_text(record.peak_memory_bytes)}",
         soft_wrap=True,
     )
     for note in record.card.notes:
-        stdout.print(f"Note: {note}", soft_wrap=True)
+        stdout.print(f"Note: {escape(note)}", soft_wrap=True)
 
 
 def show_plan(record: "DryRun") -> None:
     """Print a dry run for a person: alike tensors of all layers share a line."""
+    from rich.markup import escape
     from rich.table import Table
 
     from fourfold.cli.output import bytes_text, stdout
@@ -107,7 +111,7 @@ def show_plan(record: "DryRun") -> None:
             first.format if first.kept_because is None else f"{first.format}, kept: {first.kept_because}"
         )
         size = bytes_text(sum(tensor.nbytes for tensor in group))
-        table.add_row(name, str(len(group)), "×".join(map(str, first.shape)), becomes, size)
+        table.add_row(escape(name), str(len(group)), "×".join(map(str, first.shape)), becomes, size)
     stdout.print(table)
     stdout.print(
         f"{bytes_text(record.source_bytes)} become {bytes_text(record.output_bytes)} in {record.shards} "

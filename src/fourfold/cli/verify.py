@@ -14,10 +14,22 @@ def verify(
 
     Example: `fourfold verify my-model-mxfp4`
     """
+    from rich.markup import escape
+
     from fourfold.checkpoint.verify import verify as examine
-    from fourfold.cli.output import check_json_path, stdout, write_json
+    from fourfold.cli.output import bytes_text, check_json_path, stdout, write_json
 
     check_json_path(json)
     report = examine(folder)
-    stdout.print(report, soft_wrap=True)
     write_json(json, report)
+    for problem in report.problems:
+        stdout.print(f"[red]problem:[/red] {escape(problem)}", soft_wrap=True)
+    verdict = "[green]whole[/green]" if report.passed else f"[red]{len(report.problems)} problem(s)[/red]"
+    stdout.print(
+        f"{escape(str(folder))}: {verdict}; {report.tensors} tensors, {report.quantized_tensors} quantized, "
+        f"{bytes_text(report.size_bytes)}, dialect {report.dialect}, "
+        f"{report.files_hashed} files compared with the hashes in the manifest",
+        soft_wrap=True,
+    )
+    if not report.passed:
+        raise typer.Exit(1)
