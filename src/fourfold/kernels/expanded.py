@@ -27,7 +27,7 @@ def linear(x: torch.Tensor, w: BlockTensor, expand: Expand = BlockTensor.dequant
     exact = x.dtype == torch.float32 or exact_in_bfloat16(w.format)
     factor = x.detach() if exact else x.detach().float()
     out = factor.new_empty(len(x), len(w.blocks))
-    for rows in row_slices(w.shape, SLICE_VALUES):
+    for rows in row_slices(out.shape[1], x.shape[1], SLICE_VALUES):
         torch.mm(factor, expand(slice_rows(w, rows), factor.dtype).T, out=out[:, rows])
     return out.to(x.dtype)
 

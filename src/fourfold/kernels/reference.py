@@ -27,7 +27,7 @@ def linear(x: torch.Tensor, w: BlockTensor | torch.Tensor, activation: str | Non
     """
     values = activate(x.float(), activation).reshape(-1, x.shape[-1])
     out = torch.empty(len(values), w.shape[0], dtype=torch.float32, device=x.device)
-    for rows in row_slices(w.shape, SLICE_VALUES):
+    for rows in row_slices(w.shape[0], x.shape[-1], SLICE_VALUES):
         torch.matmul(values, read_rows(w, rows).T, out=out[:, rows])
     return out.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])
 
@@ -37,9 +37,8 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
     return x if activation is None else get_format(activation).fake_quantize(x)
 
 
-def row_slices(shape: torch.Size, values: int) -> Iterator[slice]:
-    """Slices over the rows of a matrix of ``shape`` [N, K], each of at most ``values`` values or one row."""
-    n, k = shape
+def row_slices(n: int, k: int, values: int) -> Iterator[slice]:
+    """Slices over the rows of an [n, k] matrix, each of at most ``values`` values or one row."""
     step = max(1, values // max(1, k))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 

@@ -14,9 +14,12 @@ from fourfold.kernels import expanded
 from fourfold.kernels.cpu import cpu_features, native
 from fourfold.kernels.dispatch import LinearKernel
 
-# Up to how many rows of x the C++ kernel is the faster one, by the best instruction set
-# (benchmarks/kernels/mxfp4_linear.py measures both ways).
-MOST_ROWS = {"portable": 4, "avx512": 8, "avx512bf16": 32}
+# Up to how many rows of x the C++ kernel is the faster way, by the dtype of x and the instruction set. Measured
+# with benchmarks/kernels/mxfp4_linear.py on a Zen 4; near the border the two are within a quarter of each other.
+MOST_ROWS = {
+    torch.bfloat16: {"portable": 4, "avx512": 16, "avx512bf16": 32},
+    torch.float32: {"portable": 4, "avx512": 32, "avx512bf16": 32},
+}
 
 
 def takes(x: torch.Tensor, w: BlockTensor) -> bool:
@@ -31,7 +34,7 @@ def takes(x: torch.Tensor, w: BlockTensor) -> bool:
 
 def run(x: torch.Tensor, w: BlockTensor) -> torch.Tensor:
     """``x`` [M, K] contiguous times ``w`` [N, K] transposed, [M, N]."""
-    if len(x) > MOST_NATIVE_ROWS:
+    if len(x) > MOST_NATIVE_ROWS[x.dtype]:
         return expanded.linear(x, w, expand)
     return multiply(x, w)
 
@@ -67,6 +70,9 @@ def _buffer(values: int, dtype: torch.dtype) -> torch.Tensor:
     return held[dtype][:values]
 
 
-MOST_NATIVE_ROWS = max((MOST_ROWS[name] for name, usable in cpu_features().items() if usable), default=0)
+USABLE = [name for name, usable in cpu_features().items() if usable]
+MOST_NATIVE_ROWS = {
+    dtype: max((rows[name] for name in USABLE), default=0) for dtype, rows in MOST_ROWS.items()
+}
 
 KERNEL = LinearKernel("mxfp4", takes, run)

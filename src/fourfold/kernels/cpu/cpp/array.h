@@ -78,21 +78,20 @@ private:
     }
 
     void borrow(nb::handle tensor, bool writable) {
-        if (writable) hold<nb::ndarray<>>(tensor);
-        else hold<nb::ndarray<nb::ro>>(tensor);
+        bool read = writable ? nb::try_cast(tensor, writable_) : nb::try_cast(tensor, readable_);
+        if (!read) throw nb::type_error((std::string(name_) + " must be a tensor").c_str());
+        if (writable) look_at(writable_);
+        else look_at(readable_);
     }
 
     template <typename Array>
-    void hold(nb::handle tensor) {
-        Array array;
-        if (!nb::try_cast(tensor, array)) throw nb::type_error((std::string(name_) + " must be a tensor").c_str());
+    void look_at(const Array& array) {
         view_.data = const_cast<void*>(static_cast<const void*>(array.data()));
         view_.device = {array.device_type(), array.device_id()};
         view_.ndim = static_cast<std::int32_t>(array.ndim());
         view_.dtype = array.dtype();
         view_.shape = const_cast<std::int64_t*>(array.shape_ptr());
         view_.strides = const_cast<std::int64_t*>(array.stride_ptr());
-        owner_ = nb::cast(array);
     }
 
     bool contiguous() const {
@@ -102,7 +101,8 @@ private:
 
     const char* name_;
     nb::dlpack::dltensor view_;
-    nb::object owner_;
+    nb::ndarray<nb::ro> readable_;  // what was borrowed, where the fast way is not offered
+    nb::ndarray<> writable_;
 };
 
 }  // namespace fourfold

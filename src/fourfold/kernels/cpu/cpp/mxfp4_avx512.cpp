@@ -4,6 +4,7 @@
 // is and the odd code after one shift. x is laid out to match: per block sixteen even elements, then sixteen odd.
 #include <immintrin.h>
 
+#include "avx512_bf16.h"
 #include "mxfp4.h"
 
 namespace fourfold {
@@ -33,23 +34,9 @@ inline __m512 load_x(const void* x, Float type, std::int64_t index) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// To bf16, nearest even; a NaN stays a NaN.
-inline __m256i to_bf16(__m512 value) {
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 inline void store(void* out, Float type, std::int64_t index, float value) {
-    if (type == Float::f32) {
-        static_cast<float*>(out)[index] = value;
-        return;
-    }
-    __m128i half = _mm256_castsi256_si128(to_bf16(_mm512_set1_ps(value)));
-    static_cast<std::uint16_t*>(out)[index] = static_cast<std::uint16_t>(_mm_extract_epi16(half, 0));
+    if (type == Float::bf16) store_bf16(out, index, value);
+    else static_cast<float*>(out)[index] = value;
 }
 
 std::int64_t prepared_bytes(std::int64_t m, std::int64_t k) { return m * k * 4; }

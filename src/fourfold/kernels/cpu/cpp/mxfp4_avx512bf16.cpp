@@ -7,6 +7,7 @@
 // x per pair of blocks: 32 even elements, then 32 odd; zeros fill up an odd number of blocks.
 #include <immintrin.h>
 
+#include "avx512_bf16.h"
 #include "mxfp4.h"
 
 namespace fourfold {
@@ -22,11 +23,6 @@ inline __m512i code_table() {
                                                         0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0,
                                                         0xC000, 0xC040, 0xC080, 0xC0C0};
     return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes)));
-}
-
-inline void store(void* out, std::int64_t index, float value) {
-    __m128i half = reinterpret_cast<__m128i>(_mm_cvtneps_pbh(_mm_set_ss(value)));
-    static_cast<std::uint16_t*>(out)[index] = static_cast<std::uint16_t>(_mm_extract_epi16(half, 0));
 }
 
 std::int64_t prepared_bytes(std::int64_t m, std::int64_t k) { return m * pairs(k) * kPair * 2; }
@@ -107,7 +103,7 @@ void tile(const LinearProblem& p, std::int64_t n, std::int64_t m) {
         add(codes, x + b * kBlock, stride, sums);
     }
     for (int i = 0; i < NR; ++i)
-        for (int j = 0; j < MR; ++j) store(p.out, (m + j) * p.n + n + i, _mm512_reduce_add_ps(sums[i][j]));
+        for (int j = 0; j < MR; ++j) store_bf16(p.out, (m + j) * p.n + n + i, _mm512_reduce_add_ps(sums[i][j]));
 }
 
 template <int NR>

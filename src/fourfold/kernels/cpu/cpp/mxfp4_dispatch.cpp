@@ -9,8 +9,10 @@
 namespace fourfold {
 namespace {
 
-// Multiply-adds per chunk: about ten microseconds, so that handing chunks out costs little and the tail is short.
-constexpr std::int64_t kChunkWork = 1 << 17;
+// Multiply-adds per chunk: at most some microseconds, so that the tail is short, and at least one, since handing
+// a chunk to another thread costs about that.
+constexpr std::int64_t kMostWork = 1 << 17;
+constexpr std::int64_t kLeastWork = 1 << 15;
 // Rows are dealt out in even numbers, since kernels take two at a time.
 constexpr std::int64_t kRowsTogether = 2;
 
@@ -65,8 +67,9 @@ Isa resolve(Isa isa) {
 }
 
 std::int64_t rows_per_chunk(std::int64_t rows, std::int64_t work_per_row) {
-    std::int64_t grain = std::max<std::int64_t>(1, kChunkWork / std::max<std::int64_t>(1, work_per_row));
-    grain = std::min(grain, (rows + threads() - 1) / threads());
+    work_per_row = std::max<std::int64_t>(1, work_per_row);
+    std::int64_t fair = (rows + threads() - 1) / threads();
+    std::int64_t grain = std::clamp(fair, kLeastWork / work_per_row, std::max<std::int64_t>(1, kMostWork / work_per_row));
     return (grain + kRowsTogether - 1) / kRowsTogether * kRowsTogether;
 }
 

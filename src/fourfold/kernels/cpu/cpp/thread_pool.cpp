@@ -18,9 +18,10 @@
 namespace fourfold {
 namespace {
 
-// Long enough to bridge the small operations between two linear layers, short enough not to be in the way of
-// other threads that have something to do.
-constexpr auto kSpin = std::chrono::microseconds(60);
+// An idle worker spins, then offers its core to others between looks, then sleeps: long enough in all to bridge
+// the small operations between two linear layers, since waking a sleeper costs as much as a small layer.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr auto kYield = std::chrono::microseconds(250);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -127,8 +128,9 @@ private:
     }
 
     void wait_for_news(std::uint64_t seen) {
-        auto until = std::chrono::steady_clock::now() + kSpin;
-        while (std::chrono::steady_clock::now() < until) {
+        const auto start = std::chrono::steady_clock::now();
+        for (auto idle = start - start; idle < kSpin + kYield; idle = std::chrono::steady_clock::now() - start) {
+            if (idle > kSpin) std::this_thread::yield();
             for (int i = 0; i < 16; ++i) {
                 if (generation_.load(std::memory_order_acquire) != seen) return;
                 relax();
