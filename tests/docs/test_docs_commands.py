@@ -1,0 +1,31 @@
+"""The commands that README shows are run as they stand, on a tiny model in the place of the reader's own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def shell_blocks(text: str) -> list[str]:
+    """The fenced ``sh`` blocks, in order."""
+    return re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.e2e
+def test_readme_commands_run(tiny_llama, tmp_path):
+    blocks = shell_blocks(README.read_text())
+    assert blocks, "README.md shows no ```sh block"
+    (tmp_path / "my-model").symlink_to(tiny_llama)
+    (tmp_path / "story.txt").write_text("It was a bright cold day in April. " * 200)
+    script = "\n".join(["set -eux", *blocks, "kill $(jobs -p) 2>/dev/null || true"])
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert (tmp_path / "page.html").stat().st_size > 100_000
