@@ -48,3 +48,11 @@ def test_a_missing_package_is_broken_and_exits_with_1(monkeypatch, tmp_path):
     found = {c["name"]: c for c in json.loads((tmp_path / "d.json").read_text())["checks"]}
     assert found["packages"]["state"] == "broken"
     assert "pip install surely-not-installed" in found["packages"]["remedy"]
+
+
+def test_kernels_that_were_not_built_are_a_warning(monkeypatch):
+    """Everything works without them, only slower."""
+    monkeypatch.setattr("fourfold.kernels.native_available", lambda: False)
+    monkeypatch.setattr("fourfold.kernels.native_problem", lambda: "No module named _native")
+    check = checkup.check_kernels()
+    assert check.state == "warning" and "_native" in check.found and "g++" in (check.remedy or "")
