@@ -9,6 +9,8 @@ from fourfold.formats import get_format
 
 SchemeOf = Callable[[str], LayerScheme | None]
 
+GOLDENS = Path(__file__).parent / "goldens"
+
 
 def projections(weight: str = "mxfp4", activation: str | None = None) -> SchemeOf:
     """One scheme for every projection inside the layers; all else is kept."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ import torch
 
 from fourfold import __version__
 from fourfold.checkpoint.card import make_card
-from fourfold.checkpoint.dialect import Dialect, get_dialect, kept_linears
-from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX, SINGLE
+from fourfold.checkpoint.dialect import Dialect, get_dialect
+from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
 from fourfold.checkpoint.journal import Journal
-from fourfold.checkpoint.storage.header import PlannedTensor
+from fourfold.checkpoint.plan import CheckpointPlan, Shard
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.durable import sha256_of, sync_folder, write_file
@@ -32,24 +31,12 @@ from fourfold.core.records import ModelCard
 from fourfold.formats import BlockTensor
 
 DEFAULT_SHARD_BYTES = 2_000_000_000
-KV_FORMATS = (None, "fp8")
-CACHED_PROJECTIONS = (".k_proj.weight", ".v_proj.weight")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One planned file: its place in the order, its name, its logical tensors, and its bytes of tensors."""
-
-    index: int
-    file: str
-    tensors: tuple[TensorInfo, ...]
-    nbytes: int
 
 
 class ShardWriter:
     """Writes the tensors of one shard; each logical tensor becomes the dialect's stored ones."""
 
-    def __init__(self, file: SafetensorsWriter, plan: "CheckpointPlan", shard: Shard):
+    def __init__(self, file: SafetensorsWriter, plan: CheckpointPlan, shard: Shard):
         self._file, self._plan = file, plan
         self._infos = {info.name: info for info in shard.tensors}
 
@@ -65,67 +52,6 @@ class ShardWriter:
         if (scale := self._plan.kv.get(name)) is not None:
             planned, number = scale
             self._file.write(planned.name, torch.full(planned.shape, number, dtype=planned.dtype))
-
-
-class CheckpointPlan:
-    """What will be stored and where: everything that follows from names, shapes, formats and the dialect."""
-
-    def __init__(
-        self,
-        dialect: Dialect,
-        quantization: Quantization,
-        tensors: list[TensorInfo],
-        max_shard_bytes: int,
-        kv_scales: Mapping[str, float],
-    ):
-        self.dialect, self.tensors = dialect, tensors
-        self.stored = {info.name: dialect.plan(info) for info in tensors}
-        self.kv = _plan_kv(dialect, quantization, tensors, kv_scales)
-        self.config = dialect.quantization_config(quantization, kept_linears(tensors))
-        self.shards = self._split(max_shard_bytes)
-        self._check_names()
-
-    def planned(self, info: TensorInfo) -> list[PlannedTensor]:
-        """The stored tensors of ``info``, its KV scale included."""
-        return self.stored[info.name] + [planned for planned, _ in filter(None, [self.kv.get(info.name)])]
-
-    def digest(self) -> str:
-        """Changes whenever the bytes of a shard could, given the same numbers."""
-        layout = [
-            [
-                shard.file,
-                [(p.name, str(p.dtype), p.shape) for info in shard.tensors for p in self.planned(info)],
-            ]
-            for shard in self.shards
-        ]
-        return hashlib.sha256(json.dumps([layout, self.config], sort_keys=True).encode()).hexdigest()[:16]
-
-    def _split(self, max_shard_bytes: int) -> list[Shard]:
-        groups: list[tuple[list[TensorInfo], int]] = [([], 0)]
-        for info in self.tensors:
-            nbytes = sum(planned.nbytes for planned in self.planned(info))
-            members, total = groups[-1]
-            if members and total + nbytes > max_shard_bytes:
-                members, total = [], 0
-                groups.append((members, 0))
-            members.append(info)
-            groups[-1] = (members, total + nbytes)
-        count = len(groups)
-        return [
-            Shard(i, _shard_name(i, count), tuple(members), total)
-            for i, (members, total) in enumerate(groups)
-        ]
-
-    def _check_names(self) -> None:
-        seen: set[str] = set()
-        for info in self.tensors:
-            for planned in self.planned(info):
-                if planned.name in seen:
-                    raise FourfoldError(
-                        f"Two tensors would be stored as '{planned.name}' in the dialect "
-                        f"{self.dialect.name}. Remove one of them from the source."
-                    )
-                seen.add(planned.name)
 
 
 class CheckpointWriter:
@@ -287,29 +213,6 @@ def _writable(name: str) -> Dialect:
     if not dialect.writable:
         raise UsageError(f"The dialect {name} is read only. Write compressed-tensors or quark.")
     return dialect
-
-
-def _shard_name(index: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _plan_kv(
-    dialect: Dialect, quantization: Quantization, tensors: list[TensorInfo], scales: Mapping[str, float]
-) -> dict[str, tuple[PlannedTensor, float]]:
-    """By the k_proj or v_proj weight that it goes with: the stored KV scale and its number."""
-    if quantization.kv_cache not in KV_FORMATS:
-        raise UsageError(
-            f"The KV cache format '{quantization.kv_cache}' cannot be stored. Choose fp8 or none."
-        )
-    if quantization.kv_cache is None:
-        return {}
-    modules = [i.name.removesuffix(".weight") for i in tensors if i.name.endswith(CACHED_PROJECTIONS)]
-    if not modules:
-        raise UsageError(
-            "The recipe asks for an FP8 KV cache, but the model has no k_proj and v_proj to put its scales "
-            "beside. Use a recipe without kv_cache."
-        )
-    return {m + ".weight": (dialect.kv_plan(m), scales.get(m, 1.0)) for m in modules}
 
 
 def _check_value(info: TensorInfo, value: torch.Tensor | BlockTensor) -> None:

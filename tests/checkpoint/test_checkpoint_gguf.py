@@ -1,0 +1,179 @@
+"""GGUF files: a tiny one made by the gguf package, read by transformers and by us."""
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from fourfold.checkpoint import open_checkpoint
+from fourfold.checkpoint.convert import convert
+from fourfold.core.errors import FourfoldError
+
+HIDDEN, WIDTH, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 40, 2
+# transformers 5.23 does not read the width of heads for qwen3 and takes its default
+HEADS_OF = {"llama": 16, "qwen3": 128}
+Q4_1, Q8_0, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F32"))
+
+
+def layer_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+    head = HEADS_OF.get(architecture, 16)
+    shapes = {
+        "attn_norm": (HIDDEN,),
+        "ffn_norm": (HIDDEN,),
+        "attn_q": (HEADS * head, HIDDEN),
+        "attn_k": (KV_HEADS * head, HIDDEN),
+        "attn_v": (KV_HEADS * head, HIDDEN),
+        "attn_output": (HIDDEN, HEADS * head),
+        "ffn_gate": (WIDTH, HIDDEN),
+        "ffn_up": (WIDTH, HIDDEN),
+        "ffn_down": (HIDDEN, WIDTH),
+    }
+    return shapes | ({"attn_q_norm": (head,), "attn_k_norm": (head,)} if architecture == "qwen3" else {})
+
+
+def write_gguf(path: Path, architecture: str = "llama", tied: bool = True, **metadata) -> Path:
+    """Random weights in Q4_1, embeddings in Q8_0, norms in F32, and a vocabulary of letters."""
+    writer, head = gguf.GGUFWriter(path, architecture), HEADS_OF.get(architecture, 16)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    add_tokenizer(writer)
+    for key, value in metadata.items():
+        writer.add_string(key.replace("__", "."), value)
+    random = np.random.default_rng(7)
+    shapes = {f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer_shapes(architecture).items()}
+    shapes |= {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,)}
+    shapes |= {} if tied else {"output": (VOCABULARY, HIDDEN)}
+    for name, shape in shapes.items():
+        kind = F32 if len(shape) == 1 else Q8_0 if name == "token_embd" else Q4_1
+        values = random.standard_normal(shape).astype(np.float32) * 0.1 + (len(shape) == 1)
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    tokens = ["<|bos|>", "<|eos|>", *(chr(ord("a") + i) for i in range(26)), "ab", "cd"]
+    tokens += [f"<{i}>" for i in range(VOCABULARY - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (VOCABULARY - 2))
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def peers_model(path: Path):
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    expanded = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=expanded
+    ).eval()
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("llama", False), ("qwen3", True)])
+def test_the_model_is_the_one_that_transformers_reads(tmp_path, architecture, tied):
+    from transformers import AutoModelForCausalLM
+
+    path = write_gguf(tmp_path / "tiny.gguf", architecture, tied)
+    theirs = peers_model(path)
+    convert(path, tmp_path / "plain", "plain")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    rounded = {name: value.bfloat16().float() for name, value in theirs.state_dict().items()}
+    assert set(ours.state_dict()) == set(rounded)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, rounded[name]), name
+    theirs.load_state_dict(rounded)
+    with torch.no_grad():
+        tokens = torch.arange(2, 30)[None]
+        # the same weights to the bit through the same code: nothing may differ
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=0)
+
+
+def test_tokenizer_card_and_settings_come_from_the_file(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = write_gguf(tmp_path / "tiny.gguf")
+    checkpoint = open_checkpoint(path)
+    card = checkpoint.card()
+    assert checkpoint.dialect == "gguf" and card.name == "tiny" and card.weight_format == "bf16"
+    rounded = "The weights were once rounded to Q4_1 (14 tensors), Q8_0 (1 tensor) in a GGUF file"
+    assert len(card.notes) == 1 and card.notes[0].startswith(rounded)
+    assert checkpoint.config["rope_theta"] == 5000.0 and checkpoint.config["tie_word_embeddings"] is True
+    assert checkpoint.generation_config == {"bos_token_id": 0, "eos_token_id": 1}
+    convert(path, tmp_path / "plain", "plain")
+    assert open_checkpoint(tmp_path / "plain").card().notes == card.notes
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokenizer("abcde", add_special_tokens=False).input_ids == [28, 29, 6]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc"
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(FourfoldError) as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+    assert "'mamba'. From GGUF, Fourfold reads llama, qwen2, qwen3" in refused(
+        write_gguf(tmp_path / "x.gguf", "mamba")
+    )
+
+
+def test_what_cannot_be_expressed_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="yarn")
+    assert "scales its rotary embeddings" in refused(path)
+
+
+def test_damage_never_gives_anything_but_our_error(tmp_path):
+    good = write_gguf(tmp_path / "good.gguf").read_bytes()
+    path = tmp_path / "damaged.gguf"
+    for defect, expected in (
+        (b"", "ends inside its header"),
+        (b"GGML" + good[4:], "letters GGUF"),
+        (good[:4] + struct.pack("<I", 9) + good[8:], "version 9"),
+        (good[:8] + struct.pack("<Q", 2**60) + good[16:], "damaged"),
+        (good[:-50], "ends inside the tensor"),
+    ):
+        path.write_bytes(defect)
+        assert expected in refused(path)
+    header = good.index(b"output_norm.weight") + 60
+    source, opened = np.random.default_rng(0), 0
+    for _ in range(800):
+        data = bytearray(good)
+        for place in source.integers(0, header, source.integers(1, 4)):
+            data[place] = source.integers(256)
+        path.write_bytes(bytes(data))
+        try:
+            checkpoint = open_checkpoint(path)
+            for name in checkpoint.names():
+                checkpoint.load(name)
+            opened += 1
+        except FourfoldError:
+            pass
+    assert 0 < opened < 800  # some only change a token or a float
+
+
+def test_a_file_cut_after_opening_is_an_error(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf")
+    checkpoint = open_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(FourfoldError, match="ends inside the tensor"):
+        checkpoint.load(checkpoint.names()[-1])
