@@ -90,7 +90,16 @@ def test_filters_of_one_row_do_not_touch_its_neighbours():
 
 
 def test_greedy_takes_the_likeliest():
-    assert sample(5, temperature=0) == {int(LOGITS.argmax()): 5}
+    assert sample(5, temperature=0) == sample(5, temperature=1e-9) == {int(LOGITS.argmax()): 5}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_row_still_gives_a_token_of_the_vocabulary(value):
+    broken = LOGITS.clone()
+    broken[4] = value
+    fine, strange = choose(torch.stack([LOGITS, broken]), [state(seed=1), state(seed=2, top_p=0.9)])
+    assert fine.token_id == choose(LOGITS[None], [state(seed=1)])[0].token_id
+    assert 0 <= strange.token_id < VOCABULARY
 
 
 def first_choice_shift(**params) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
     x = embed(tokens);  for each layer: x += attention(norm(x)); x += mlp(norm(x));  logits = head(norm(x))
 
-The sum x is float32 whatever the dtype of the weights: next to free, and its rounding at every layer would be
-the largest error of a bfloat16 model.
+The sum x is float32 whatever the dtype of the weights. It is next to free; rounding x to bfloat16 at every
+layer moved a 135M Llama's logits 0.147 from float32's on average, instead of 0.102.
 
 An architecture's file says how its config reads and how one layer is built from the checkpoint's names.
 """

@@ -55,7 +55,7 @@ class SamplingParams(Record):
 
     max_tokens: int | None = Field(default=16, ge=1, description="None: until the context is full")
     min_tokens: int = Field(default=0, ge=0, description="no stop of any kind before this many tokens")
-    temperature: float = Field(default=1.0, ge=0.0, description="0 is greedy")
+    temperature: float = Field(default=1.0, ge=0.0, description="0 (below 1e-5) is greedy")
     top_k: int = Field(default=0, ge=-1, description="keep the k likeliest tokens; 0 or -1: all")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="keep the likeliest tokens that sum to p")
     min_p: float = Field(

@@ -14,6 +14,7 @@ import torch
 from fourfold.engine.requests import SamplingParams
 
 NEVER = float("-inf")
+GREEDY_BELOW = 1e-5  # as in vLLM: colder than this, dividing by the temperature overflows
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class SamplingState:
         self.banned_early = self.banned_early[self.banned_early < vocabulary]
         self.generated = 0
         self.generator: torch.Generator | None = None
-        if params.temperature > 0:
+        if params.temperature >= GREEDY_BELOW:
             self.generator = torch.Generator()
             self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed)
         self.counts: torch.Tensor | None = None
@@ -106,7 +107,8 @@ def draw(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
     cumulative = logits.softmax(-1).double().cumsum(-1)
     uniform = [torch.rand((), dtype=torch.float64, generator=state.generator) for state in states]
     target = torch.stack(uniform).unsqueeze(1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return drawn.clamp_(max=logits.shape[-1] - 1)  # a row of NaN finds no place
 
 
 def keep_top_k(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 ``running`` is in order of arrival, and at most its last sequence is still reading its prompt, so walking it
 in order serves decodes first. When blocks run out, the youngest sequence gives its blocks back and computes
-again later (its tokens are kept, so its output does not change). A sequence is admitted only when its whole
+again later (its tokens are kept, so nothing it has said changes). A sequence is admitted only when its whole
 prompt fits, so that prompts never push each other out halfway.
 """
 
