@@ -1,6 +1,10 @@
 """The verb: options in, tables and files out, exit codes."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import typer
@@ -8,6 +12,7 @@ from typer.testing import CliRunner
 
 from fourfold.cli.bench import bench
 from fourfold.core.errors import UsageError
+from fourfold.core.records import RunRecord
 
 
 def call(*args: object):
@@ -54,3 +59,33 @@ def test_the_key_is_sent_and_never_written(small_server, tmp_path, monkeypatch):
 def test_misuse(tmp_path, options, message):
     error = call("http://127.0.0.1:9", "--out", tmp_path, *options).exception
     assert isinstance(error, UsageError) and message in str(error)
+
+
+@pytest.mark.e2e
+def test_control_c_keeps_finished_runs(small_server, tmp_path):
+    app, url = small_server
+    app.token_s = 0.02
+    command = [sys.executable, "-m", "fourfold", "bench", url, "--scale", "0.05", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--concurrency", "1,2,3,4", "--requests", "30"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not (tmp_path / "chat-c1.json").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode in (1, 130) and b"Traceback" not in errors  # 130: newer typer
+    assert b"closed-loop runs" in output  # the table of what is finished
+    finished = {p.name for p in tmp_path.iterdir()}
+    assert "chat-c1.json" in finished and "chat-c4.json" not in finished
+
+
+@pytest.mark.e2e
+def test_a_model_folder_is_served_and_measured(tiny_llama, tmp_path):
+    result = call(tiny_llama, "--scale", 0.05, "--requests", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    record = RunRecord.model_validate_json((tmp_path / "chat-c1.json").read_text())
+    assert [r.error for r in record.requests] == [None, None]
+    assert record.target == tiny_llama.name and record.model and record.model.weight_format == "bf16"
+    assert all(len(r.token_times_s) == 6 for r in record.requests)

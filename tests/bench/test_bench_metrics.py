@@ -1,7 +1,7 @@
 """Metrics against values computed by hand, and what must hold for any requests."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.bench.metric import METRICS, duration_s, error_rate, measure_all, metrics_in_order
@@ -95,6 +95,7 @@ def requests(draw, tokens: int | None = None):
     return made
 
 
+@settings(deadline=None)
 @given(requests())
 def test_percentiles_are_ordered_and_latencies_nest(made):
     m = measure_all(made)
@@ -105,6 +106,7 @@ def test_percentiles_are_ordered_and_latencies_nest(made):
     assert m["user_speed_tok_s_p1"] <= m["user_speed_tok_s_p10"] * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(requests(tokens=4))
 def test_equal_lengths_tie_the_latencies_together(made):
     m = measure_all(made)
@@ -112,6 +114,7 @@ def test_equal_lengths_tie_the_latencies_together(made):
     assert m["e2e_ms_mean"] == pytest.approx(m["ttft_ms_mean"] + 3 * m["tpot_ms_mean"])
 
 
+@settings(deadline=None)
 @given(requests(), st.floats(0.1, 10), st.floats(0, 100), st.randoms())
 def test_clock_and_order_do_not_matter_but_speed_does(made, factor, shift, random):
     moved = [

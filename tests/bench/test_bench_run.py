@@ -218,6 +218,8 @@ def test_unknown_model_and_strange_servers(small_server, tmp_path):
         single(url, tmp_path)
     with pytest.raises(FourfoldError, match="lists no model"):
         single(url + "/elsewhere", tmp_path)
+    with pytest.raises(UsageError, match="is no URL"):
+        single("http://host:port", tmp_path)
 
 
 def test_stopping_keeps_what_is_finished(small_server, tmp_path):

@@ -1,7 +1,7 @@
 """How numbers are written."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.report.digits import change, count, figure, memory, percent, ratio, size
@@ -28,6 +28,7 @@ def test_figures(value, expected):
     assert figure(value) == expected
 
 
+@settings(deadline=None)
 @given(st.floats(1e-4, 1e6))
 def test_a_figure_is_within_half_a_percent(value):
     assert float(figure(value).replace(",", "")) == pytest.approx(value, rel=0.0051)

@@ -78,7 +78,7 @@ async def list_models(http: httpx.AsyncClient) -> list[dict[str, Any]]:
         entries = response.json()["data"] if response.status_code == 200 else None
     except (ValueError, KeyError, TypeError):
         entries = None
-    if not entries:
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise FourfoldError(
             f"{http.base_url}v1/models lists no model (HTTP {response.status_code}). The target must be the "
             "base URL of an OpenAI-compatible server, such as http://localhost:8000."
@@ -101,11 +101,16 @@ def read_models(base_url: str, entries: list[dict[str, Any]], model: str | None)
         base_url=base_url,
         model_name=str(entry.get("id")),
         card=card,
-        vocabulary=entry.get("vocab_size") or meta.get("n_vocab"),
-        max_positions=entry.get("max_model_len") or meta.get("n_ctx"),
+        vocabulary=whole(entry.get("vocab_size")) or whole(meta.get("n_vocab")),
+        max_positions=whole(entry.get("max_model_len")) or whole(meta.get("n_ctx")),
         fields=frozenset(fields),
         notes=notes,
     )
+
+
+def whole(value: Any) -> int | None:
+    """``value`` when it is a positive whole number; servers may send anything."""
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def read_card(entry: dict[str, Any]) -> tuple[ModelCard | None, list[str]]:

@@ -93,14 +93,20 @@ class Session:
 
 
 def open_http(url: str, timeout_s: float, headers: dict[str, str] | None) -> httpx.AsyncClient:
-    """A client with no limit on connections that waits ``timeout_s`` for each piece of an answer."""
-    return httpx.AsyncClient(
-        base_url=url,
-        timeout=httpx.Timeout(timeout_s, connect=30),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-        headers={"accept-encoding": "identity"} | (headers or {}),
-        trust_env=False,
-    )
+    """A client with no limit on connections that waits ``timeout_s`` for each piece of an answer.
+
+    Raises UsageError for a URL that is none.
+    """
+    try:
+        return httpx.AsyncClient(
+            base_url=url,
+            timeout=httpx.Timeout(timeout_s, connect=30),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            headers={"accept-encoding": "identity"} | (headers or {}),
+            trust_env=False,
+        )
+    except httpx.InvalidURL as error:
+        raise UsageError(f"'{url}' is no URL ({error}). Write it like http://localhost:8000.") from error
 
 
 async def discover_at(url: str, plan: BenchPlan, headers: dict[str, str] | None) -> Endpoint:

@@ -41,7 +41,7 @@ def public_target(target: str) -> str:
     """``target`` as it may be written down: a URL without user and password, a path without its parents."""
     if not target.startswith(("http://", "https://")):
         path = Path(target)
-        return path.name if path.exists() else target
+        return path.resolve().name if path.exists() else target
     parts = urlsplit(target)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
 

@@ -148,6 +148,7 @@
         symbolSize: 11,
         itemStyle: { color: look.color },
         lineStyle: { color: look.color, width: 2.5, type: look.dash },
+        label: { show: interactive, position: "top", color: look.color, formatter: (i) => String(i.data.point.concurrency) },
         data: points
           .filter((p) => !interactive || "user_speed_tok_s_p50" in p.values)
           .map((p) => ({
@@ -190,7 +191,7 @@
     const dropped = here.filter((p) => "excluded" in p);
     byId("load-caption").textContent =
       title + " in " + unit + ", " + column.better + " is better. " +
-      (interactive ? "Each point is a number of users; further right is faster for each of them. " : "") +
+      (interactive ? "The figure at each point is the number of users; further right is faster for each of them. " : "") +
       (dropped.length
         ? "Excluded for errors: " +
           dropped.map((p) => data.subjects[p.subject].label + " at " + p.concurrency + " users").join("; ") + "."
@@ -221,7 +222,7 @@
           data: c.metrics[metric].map((value, percent) => [value, percent]),
         };
       });
-    const x = axis(column.title + " (" + column.unit + ")", { type: "value", nameGap: 32, scale: true });
+    const x = axis(column.title + " (" + column.unit + ")", { type: "value", nameGap: 32, min: 0 });
     const y = axis("% at or below", { type: "value", nameGap: 44, min: 0, max: 100 });
     const formatter = (items) =>
       tip(column.title, items.map((i) => i.seriesName + ": " + i.value[1] + " % at or below " + digits(i.value[0]) + " " + column.unit));
@@ -298,7 +299,8 @@
       },
     });
     show(chart, option);
-    byId("quality-caption").textContent = metric.definition + " Bars are 95 % intervals; " + metric.better + " is better.";
+    byId("quality-caption").textContent = metric.definition + " Bars are 95 % intervals; " + metric.better + " is better." +
+      (series.some((s) => s.name === "equal to the base") ? " The dotted line is the base itself." : "");
   }
 
   if (byId("load-box")) {
