@@ -77,7 +77,7 @@ def show(record: "EvaluationRecord") -> None:
 
     from fourfold.cli.output import estimate_text, stdout
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("text", overflow="fold")
     for name in COLUMNS if record.base is not None else COLUMNS[:1]:
         table.add_column(name, justify="right", no_wrap=True)
