@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compress_models import build_tiny_model, change_tensor
+from safetensors.torch import load_file, save_file
 
 from fourfold.compress import load_recipe, plan, quantize
 from fourfold.core.errors import FourfoldError, UsageError
@@ -47,9 +48,6 @@ def test_a_dtype_that_is_not_rounded_from(llama):
 
 def test_experts_in_an_unknown_layout_are_never_kept_in_silence(llama):
     name = "model.layers.0.mlp.experts.w13_weight"
-    change_tensor(llama, "model.layers.0.input_layernorm.weight", lambda tensor: tensor)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(llama / "model.safetensors") | {name: torch.zeros(4, 64, 64)}
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FourfoldError, match=r"w13_weight \[4, 64, 64\] looks like several linear layers"):
@@ -62,6 +60,15 @@ def test_a_source_that_is_quantized_already(llama, tmp_path):
     quantize(llama, tmp_path / "once")
     with pytest.raises(UsageError, match=r"quantized already \(mxfp4\).*fourfold convert"):
         quantize(tmp_path / "once", tmp_path / "twice")
+
+
+def test_a_missing_tokenizer_is_noticed_before_the_work(llama, tmp_path):
+    for file in llama.glob("tokenizer*"):
+        file.unlink()
+    for call in (lambda: plan(llama), lambda: quantize(llama, tmp_path / "out")):
+        with pytest.raises(FourfoldError, match=r"holds no tokenizer.*Copy the tokenizer's files"):
+            call()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_recipe_that_meets_nothing(llama):

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fourfold import __version__
-from fourfold.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from fourfold.checkpoint import Checkpoint, CheckpointWriter
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
-from fourfold.compress.resolve import resolve
+from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
 from fourfold.core.manifest import Manifest
 
@@ -40,7 +40,7 @@ def quantize(
     """
     recipe = load_recipe(recipe)
     check_recipe(recipe)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     model = run_passes(recipe, resolve(checkpoint, recipe).model)
     writer = CheckpointWriter(
         Path(out),
@@ -56,7 +56,7 @@ def quantize(
     return writer.finish(
         source=str(source),
         recipe=recipe.model_dump(),
-        notes=checkpoint.card().notes,
+        notes=checkpoint.notes,
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )

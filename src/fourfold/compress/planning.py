@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 
-from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.card import weight_format
 from fourfold.checkpoint.dialect import get_dialect
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointPlan
@@ -23,7 +22,7 @@ from fourfold.compress.model import Model
 from fourfold.compress.names import module_of
 from fourfold.compress.pipeline import check_recipe, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
-from fourfold.compress.resolve import resolve
+from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import fits
 from fourfold.core.errors import UsageError
 from fourfold.core.records import Record
@@ -73,7 +72,7 @@ def plan(
     """What ``quantize`` would do with the same arguments, and what it costs. Raises as ``quantize`` does."""
     recipe = load_recipe(recipe)
     check_recipe(recipe)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     resolved = resolve(checkpoint, recipe)
     model = run_passes(recipe, resolved.model)
     target = get_dialect(dialect)

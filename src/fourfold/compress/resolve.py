@@ -5,10 +5,11 @@ read.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from fourfold.checkpoint import Checkpoint, TensorInfo
+from fourfold.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from fourfold.compress.experts import parse_fused, unfuse, unknown_layout
 from fourfold.compress.model import Entry, FusedReader, Model, plain, retyped
 from fourfold.compress.names import check_orientation, kept_reason, looks_stacked, module_of, not_linear
@@ -27,6 +28,17 @@ class Resolved:
 
     model: Model
     kept: dict[str, str]
+
+
+def open_source(source: str | Path) -> Checkpoint:
+    """``source`` opened. Raises FourfoldError when it lacks the tokenizer that is needed at the end."""
+    checkpoint = open_checkpoint(source)
+    if checkpoint.folder is not None and not checkpoint.tokenizer_files():
+        raise FourfoldError(
+            f"{source} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and a model "
+            "without one cannot be used. Copy the tokenizer's files from the model's origin into that folder."
+        )
+    return checkpoint
 
 
 def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
