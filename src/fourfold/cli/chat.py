@@ -1,5 +1,6 @@
 """``fourfold chat``: the terminal around a conversation."""
 
+import contextlib
 import sys
 import unicodedata
 from typing import TYPE_CHECKING, Annotated
@@ -56,7 +57,7 @@ def open_chat(model: str, options: dict[str, float], threads: int | None) -> "Ch
 def converse(partner: "Chat", console: "Console", beginning: list[dict[str, str]]) -> None:
     """Turn by turn until /exit or the end of input."""
     messages = list(beginning)
-    while (line := read_line(console)) is not None and line != "/exit":
+    while (line := read_line()) is not None and line != "/exit":
         if line == "/reset":
             messages = list(beginning)
             console.print("The conversation is forgotten.")
@@ -66,12 +67,18 @@ def converse(partner: "Chat", console: "Console", beginning: list[dict[str, str]
             messages = take_turn(partner, console, [*messages, {"role": "user", "content": line}])
 
 
-def read_line(console: "Console") -> str | None:
+def read_line() -> str | None:
     """What the person says; None at the end of input. A prompt is shown only to a terminal."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 -- gives input() its line editing and history
     try:
-        return console.input("[bold cyan]> [/]" if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
         return None
+    except KeyboardInterrupt:  # meant for an answer that had just ended, or to drop the line
+        typer.echo()
+        return ""
 
 
 def take_turn(partner: "Chat", console: "Console", messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -17,9 +17,15 @@ def serve(
 
     Example: `fourfold serve ./SmolLM2-mxfp4 --port 8000`
     """
+    from pydantic import ValidationError
+
+    from fourfold.core.errors import UsageError
     from fourfold.engine import EngineConfig
     from fourfold.server import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
-    config = EngineConfig.model_validate({name: v for name, v in options.items() if v is not None})
+    try:
+        config = EngineConfig.model_validate({name: v for name, v in options.items() if v is not None})
+    except ValidationError as error:
+        raise UsageError(f"These options do not go together: {error.errors()[0]['msg']}.") from error
     run(model, host, port, config)

@@ -32,11 +32,10 @@ class Generation:
         try:
             async for batch in self.stream:
                 self.completion_tokens += len(batch)
-                self.watch.tokens(index for index, _ in batch)
+                self.watch.tokens([index for index, _ in batch])
                 yield batch
         finally:
             self.stream.close()
-            self.watch.metrics.generation_tokens.inc(self.completion_tokens)
 
     def usage(self) -> dict[str, Any]:
         """Token counts up to now."""

@@ -20,6 +20,7 @@ from fourfold.server.app import create_app
 from fourfold.server.loop import EngineLoop
 
 GRACE_S = 10  # what running answers get to finish after SIGINT or SIGTERM
+KEEP_ALIVE_S = 75  # longer than clients pause between requests, or they meet a closing connection
 
 
 class Server(uvicorn.Server):
@@ -74,10 +75,15 @@ def run(engine: Engine, listener: socket.socket, host: str) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
+    server = Server(settings, loop, announcement)
     try:
-        asyncio.run(Server(settings, loop, announcement).serve(sockets=[listener]))
-    except OSError as error:  # another process began to listen here while the model was loading
+        asyncio.run(server.serve(sockets=[listener]))
+    except OSError as error:
+        if server.started:
+            raise
+        # another process began to listen here while the model was loading
         raise FourfoldError(f"Cannot listen at {url}: {error.strerror}. Choose another --port.") from error
     finally:
         loop.stop()

@@ -6,7 +6,7 @@ several servers live in one process.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -74,16 +74,17 @@ class ServerMetrics:
 
 
 class LatencyWatch:
-    """Times the tokens of one request, choice by choice, against the request's arrival."""
+    """Counts and times the tokens of one request, choice by choice, from the request's arrival on."""
 
     def __init__(self, metrics: ServerMetrics):
         self.metrics = metrics
         self.start_s = time.perf_counter()
         self.last_s: dict[int, float] = {}
 
-    def tokens(self, choices: Iterable[int]) -> None:
+    def tokens(self, choices: Sequence[int]) -> None:
         """Tokens of these choices have arrived now."""
         now = time.perf_counter()
+        self.metrics.generation_tokens.inc(len(choices))
         for choice in choices:
             if (last := self.last_s.get(choice)) is None:
                 self.metrics.ttft_s.observe(now - self.start_s)

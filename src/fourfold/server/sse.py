@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
 
 
@@ -24,7 +25,7 @@ class ClientGoneError(Exception):
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {ENCODER.encode(data)}\n\n".encode()
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
