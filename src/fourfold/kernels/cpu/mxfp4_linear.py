@@ -14,8 +14,8 @@ from fourfold.kernels import expanded
 from fourfold.kernels.cpu import cpu_features, native
 from fourfold.kernels.dispatch import LinearKernel
 
-# Up to how many rows of x the C++ kernel is the faster way, by the dtype of x and the instruction set. Measured
-# with benchmarks/kernels/mxfp4_linear.py on a Zen 4; near the border the two are within a quarter of each other.
+# Up to how many rows of x the C++ kernel is the faster way, by the dtype of x and the instruction set:
+# measured with benchmarks/kernels/mxfp4_linear.py on a Zen 4. Near the border the two are close.
 MOST_ROWS = {
     torch.bfloat16: {"portable": 4, "avx512": 16, "avx512bf16": 32},
     torch.float32: {"portable": 4, "avx512": 32, "avx512bf16": 32},
