@@ -95,7 +95,7 @@ def requests(draw, tokens: int | None = None):
     return made
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(requests())
 def test_percentiles_are_ordered_and_latencies_nest(made):
     m = measure_all(made)
@@ -106,7 +106,7 @@ def test_percentiles_are_ordered_and_latencies_nest(made):
     assert m["user_speed_tok_s_p1"] <= m["user_speed_tok_s_p10"] * (1 + 1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(requests(tokens=4))
 def test_equal_lengths_tie_the_latencies_together(made):
     m = measure_all(made)
@@ -114,7 +114,7 @@ def test_equal_lengths_tie_the_latencies_together(made):
     assert m["e2e_ms_mean"] == pytest.approx(m["ttft_ms_mean"] + 3 * m["tpot_ms_mean"])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(requests(), st.floats(0.1, 10), st.floats(0, 100), st.randoms())
 def test_clock_and_order_do_not_matter_but_speed_does(made, factor, shift, random):
     moved = [

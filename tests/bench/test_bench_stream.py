@@ -89,7 +89,7 @@ def test_cached_prompt_tokens_are_seen():
     assert read([choice(), {"choices": [], "usage": seen}]).cached_tokens == 4
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 40), max_size=30), st.booleans())
 def test_network_pieces_do_not_matter(cuts, carriage_return):
     data = b": a comment\n\n" + sse(*VLLM, "[DONE]")

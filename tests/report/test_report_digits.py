@@ -28,7 +28,7 @@ def test_figures(value, expected):
     assert figure(value) == expected
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.floats(1e-4, 1e6))
 def test_a_figure_is_within_half_a_percent(value):
     assert float(figure(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
