@@ -16,7 +16,8 @@ import torch
 
 from fourfold.checkpoint.card import weight_format
 from fourfold.checkpoint.dialect import get_dialect
-from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointPlan
+from fourfold.checkpoint.plan import CheckpointPlan
+from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
 from fourfold.compress.model import Model
 from fourfold.compress.names import module_of
