@@ -1,6 +1,7 @@
 """Dialects: every format they express survives being stored; what they cannot express is refused by name."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fourfold.checkpoint.dialects.compressed_tensors import ACTIVATIONS as CT_AC
 from fourfold.checkpoint.dialects.compressed_tensors import STORAGE
 from fourfold.checkpoint.dialects.quark import ACTIVATIONS as QUARK_ACTIVATIONS
 from fourfold.checkpoint.dialects.quark import WEIGHTS
+from fourfold.checkpoint.verify import verify
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, format_names, get_format
@@ -260,3 +262,35 @@ def test_tensors_that_do_not_fit_are_refused(damaged, change, expected):
 )
 def test_a_configuration_that_does_not_fit_is_refused(damaged, change, expected):
     assert expected in damaged(settings=change)
+
+
+JUNK = [None, 7, -1, 2.5, True, "", "re:(", "Linear", [], [1], ["Linear"], {}, {"a": 1}, {"weight": 3}]
+
+
+def with_junk(value, source: random.Random):
+    """``value`` with one place in it, at any depth, replaced or removed."""
+    if isinstance(value, dict) and value and source.random() < 0.9:
+        key = source.choice(sorted(value))
+        if source.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: with_junk(value[key], source)}
+    return source.choice(JUNK)
+
+
+@pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])
+def test_a_damaged_configuration_gives_nothing_but_our_error(tiny_llama, tmp_path, dialect):
+    folder = quantize_folder(tiny_llama, tmp_path / "out", dialect, mixed, kv_cache="fp8")
+    (folder / "fourfold.json").unlink()
+    good = json.loads((folder / "config.json").read_text())
+    refused = 0
+    for seed in range(160):
+        source = random.Random(seed)
+        changed = {"quantization_config": with_junk(good["quantization_config"], source)}
+        config = with_junk(good, source) if seed % 4 == 0 else good | changed
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            open_checkpoint(folder).card()
+            refused += seed % 8 == 0 and not verify(folder).passed
+        except FourfoldError:
+            refused += 1
+    assert 20 < refused < 160

@@ -149,6 +149,22 @@ def damaged(what: str) -> FourfoldError:
     )
 
 
+def objects(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under ``key``, empty when there is none. Raises FourfoldError when it is something else."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise damaged(f"has a '{key}' that is no object")
+    return value or {}
+
+
+def texts(settings: dict[str, Any], key: str) -> list[str]:
+    """The list of texts under ``key``, empty when there is none. Raises FourfoldError for something else."""
+    value = settings.get(key)
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise damaged(f"has a '{key}' that is no list of names")
+    return value or []
+
+
 def _scalar(tensor: StoredTensor, load: Load) -> float:
     if tensor.nbytes != tensor.dtype.itemsize or not tensor.dtype.is_floating_point:
         raise FourfoldError(

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from fourfold.checkpoint.block_dialect import OWN_KEY, SCALE, BlockDialect, SchemeOf, by_scheme, damaged
+from fourfold.checkpoint.block_dialect import (
+    OWN_KEY,
+    SCALE,
+    BlockDialect,
+    SchemeOf,
+    by_scheme,
+    damaged,
+    objects,
+    texts,
+)
 from fourfold.checkpoint.dialects._targets import Targets
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.storage.header import short
@@ -114,27 +123,18 @@ class CompressedTensors(BlockDialect):
 
     def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
         """Groups with targets: a name, ``re:`` and an expression, or the class Linear."""
-        groups, own = settings.get("config_groups"), settings.get(OWN_KEY)
-        if not isinstance(groups, dict):
-            raise damaged("has no config_groups")
-        rules = own.get("scale_rules") if isinstance(own, dict) else None
-        targets = Targets()
-        for name, group in groups.items():
-            rule = rules.get(name) if isinstance(rules, dict) else None
-            _read_group(name, group, rule if isinstance(rule, str) else None, targets)
+        rules = objects(objects(settings, OWN_KEY), "scale_rules")
+        targets = _read_groups(settings, rules)
         kv = settings.get("kv_cache_scheme")
-        return targets.scheme_of, kv and _recognise("KV cache", kv, KV_CACHE, dynamic=False)
+        cache = None if kv is None else _recognise("KV cache", kv, KV_CACHE, dynamic=False)
+        return targets.scheme_of, cache
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """By ``ignore``, or because no group targets it."""
-        ignored = settings.get("ignore")
         ignore = Targets()
-        for target in ignored if isinstance(ignored, list) else []:
-            ignore.add(str(target), LayerScheme(weight="kept"))
-        targets = Targets()
-        for name, group in settings["config_groups"].items():
-            _read_group(name, group, None, targets)
-        return ignore.find(module) is not None or targets.find(module) is None
+        for target in texts(settings, "ignore"):
+            ignore.add(target, LayerScheme(weight="kept"))
+        return ignore.find(module) is not None or _read_groups(settings, {}).find(module) is None
 
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
@@ -183,16 +183,26 @@ def _format_name(scheme: LayerScheme) -> str:
     return "naive-quantized" if name == "float-quantized" and scheme.activation is None else name
 
 
+def _read_groups(settings: dict[str, Any], rules: dict[str, Any]) -> Targets:
+    if not isinstance(settings.get("config_groups"), dict):
+        raise damaged("has no config_groups")
+    targets = Targets()
+    for name, group in settings["config_groups"].items():
+        rule = rules.get(name)
+        _read_group(name, group, rule if isinstance(rule, str) else None, targets)
+    return targets
+
+
 def _read_group(name: str, group: object, rule: str | None, targets: Targets) -> None:
-    if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
+    if not isinstance(group, dict) or not texts(group, "targets"):
         raise damaged(f"has the config group '{short(name)}' without targets")
     weights = {form: storage.arguments for form, storage in STORAGE.items()}
-    inputs = group.get("input_activations")
     weight = _recognise(f"weights of '{short(name)}'", group.get("weights"), weights, dynamic=False)
-    activation = inputs and _recognise(f"activations of '{short(name)}'", inputs, ACTIVATIONS, dynamic=True)
-    scheme = LayerScheme(weight=weight, activation=activation or None, scale_rule=rule)
-    for target in group["targets"]:
-        targets.add(str(target), scheme)
+    inputs, activation = group.get("input_activations"), None
+    if inputs is not None:
+        activation = _recognise(f"activations of '{short(name)}'", inputs, ACTIVATIONS, dynamic=True)
+    for target in texts(group, "targets"):
+        targets.add(target, LayerScheme(weight=weight, activation=activation, scale_rule=rule))
 
 
 def _recognise(what: str, given: object, known: dict[str, Arguments], *, dynamic: bool) -> str:

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from fourfold.checkpoint.block_dialect import OWN_KEY, SCALE, BlockDialect, SchemeOf, by_scheme, damaged
+from fourfold.checkpoint.block_dialect import (
+    OWN_KEY,
+    SCALE,
+    BlockDialect,
+    SchemeOf,
+    by_scheme,
+    damaged,
+    objects,
+    texts,
+)
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.storage.header import short
 from fourfold.core.errors import FourfoldError, UsageError
@@ -68,20 +77,17 @@ class Quark(BlockDialect):
 
     def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
         """The first pattern of layer_quant_config that fits a module, else the global scheme."""
-        if (settings.get("export") or {}).get("weight_format", "real_quantized") != "real_quantized":
+        if objects(settings, "export").get("weight_format", "real_quantized") != "real_quantized":
             raise FourfoldError(
                 "This Quark checkpoint holds fake-quantized weights (export.weight_format), which say "
                 "nothing of how they were rounded. Export it again with weight_format real_quantized."
             )
-        own = settings.get(OWN_KEY)
-        rules = own.get("scale_rules") if isinstance(own, dict) else None
-        return _Layers(settings, rules if isinstance(rules, dict) else {}).scheme_of, _read_kv(settings)
+        rules = objects(objects(settings, OWN_KEY), "scale_rules")
+        return _Layers(settings, rules).scheme_of, _read_kv(settings)
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """By ``exclude``."""
-        excluded = settings.get("exclude")
-        patterns = excluded if isinstance(excluded, list) else []
-        return any(fnmatch.fnmatchcase(module, str(pattern)) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in texts(settings, "exclude"))
 
     def quantization_config(
         self, quantization: Quantization, kept_linears: Collection[str]
@@ -151,12 +157,9 @@ class _Layers:
     """The schemes that a configuration gives, by pattern."""
 
     def __init__(self, settings: dict[str, Any], rules: dict[str, Any]):
-        layers = settings.get("layer_quant_config") or {}
-        if not isinstance(layers, dict):
-            raise damaged("has a layer_quant_config that is not an object")
         self._names: dict[str, LayerScheme] = {}
         self._patterns: dict[str, LayerScheme] = {}
-        for pattern, layer in layers.items():
+        for pattern, layer in objects(settings, "layer_quant_config").items():
             if isinstance(layer, dict) and layer.get("weight") is None:
                 continue  # says only how the KV cache is held
             target = self._patterns if "*" in pattern else self._names
@@ -199,8 +202,8 @@ def _read_layer(name: str, layer: object, rule: object) -> LayerScheme:
 
 
 def _read_kv(settings: dict[str, Any]) -> str | None:
-    layers = settings.get("kv_cache_quant_config") or settings.get("layer_quant_config") or {}
-    group = (settings.get("export") or {}).get("kv_cache_group") or []
+    layers = objects(settings, "kv_cache_quant_config") or objects(settings, "layer_quant_config")
+    group = texts(objects(settings, "export"), "kv_cache_group")
     for pattern, layer in layers.items():
         outputs = layer.get("output_tensors") if isinstance(layer, dict) else None
         if outputs and any(pattern == name or fnmatch.fnmatchcase(pattern, name) for name in group):
