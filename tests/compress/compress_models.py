@@ -1,18 +1,11 @@
 """Tiny checkpoints that the tests of this room share."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
-# by path, because other rooms have a conftest of their own, and `import conftest` could mean any of them
-_spec = spec_from_file_location("shared_models", Path(__file__).parents[1] / "conftest.py")
-assert _spec is not None and _spec.loader is not None
-_shared = module_from_spec(_spec)
-_spec.loader.exec_module(_shared)
-build_tiny_model = _shared.build_tiny_model
+from tiny_models import build_tiny_model
 
 MOE = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from compress_models import build_tiny_model, change_tensor
+from compress_models import change_tensor
 from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny_model
 
 from fourfold.compress import load_recipe, plan, quantize
 from fourfold.core.errors import FourfoldError, UsageError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress_models import build_tiny_model, read_all, tensor_bytes
+from compress_models import read_all, tensor_bytes
+from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import load_recipe, plan, quantize, recipe_names

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from compress_models import build_tiny_model
+from tiny_models import build_tiny_model
 
 from fourfold.compress import Recipe, plan, quantize
 from fourfold.core.errors import UsageError

@@ -1,6 +1,5 @@
 """Models, engines and transformers' answers that several of this room's tests compare."""
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,7 @@ import torch
 
 from fourfold.engine import Engine, EngineConfig, Request, SamplingParams, TokenOutput
 
-# by path, because other rooms have a conftest of their own, and `import conftest` could mean any of them
-_spec = spec_from_file_location("shared_models", Path(__file__).parents[1] / "conftest.py")
-assert _spec is not None and _spec.loader is not None
-_shared = module_from_spec(_spec)
-_spec.loader.exec_module(_shared)
 torch.set_num_threads(1)  # tiny work: more threads only wait for each other
-
-build_tiny_model = _shared.build_tiny_model
 
 
 def load(folder: Path, **config: Any) -> Engine:
@@ -62,4 +54,4 @@ def continue_all(engine: Engine, prompts: list[list[int]], params: SamplingParam
     return [done.token_ids for done in engine.generate(list(prompts), params)]
 
 
-__all__ = ["Request", "build_tiny_model"]
+__all__ = ["Request"]

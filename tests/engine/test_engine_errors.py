@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from engine_models import build_tiny_model, continue_all, drain, greedy, load, prompt
+from engine_models import continue_all, drain, greedy, load, prompt
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny_model
 
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.engine import EngineConfig, Request, SamplingParams

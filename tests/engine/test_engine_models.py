@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from engine_models import build_tiny_model, continue_all, greedy, load, prompt, witness, witness_logits
+from engine_models import continue_all, greedy, load, prompt, witness, witness_logits
+from tiny_models import build_tiny_model
 
 from fourfold.engine.loading import ARCHITECTURES
 from fourfold.engine.rotary import Rotary
