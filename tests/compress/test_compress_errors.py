@@ -78,6 +78,13 @@ def test_a_recipe_that_meets_nothing(llama):
         plan(llama, recipe)
 
 
+def test_a_source_without_tensors(llama, tmp_path):
+    save_file({}, llama / "model.safetensors")
+    for call in (lambda: plan(llama, "bf16"), lambda: quantize(llama, tmp_path / "out", "bf16")):
+        with pytest.raises(FourfoldError, match="holds no tensors"):
+            call()
+
+
 def test_an_existing_output_is_left_alone(llama, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="exists already"):

@@ -1,6 +1,7 @@
 """Streaming: order, the bound on what is in work at once, errors in their turn, fused tensors read once."""
 
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -98,3 +99,21 @@ def test_a_fused_tensor_is_read_once_for_all_its_experts(tmp_path, monkeypatch):
     assert len(list(stream(model, list(model), threads=2))) == len(model)
     fused = [name for name in reads if "gate_up_proj" in name or "down_proj" in name]
     assert len(fused) == len(set(fused)) == 4
+
+
+def test_a_fused_tensor_is_let_go_with_its_last_piece(tmp_path, monkeypatch):
+    source = build_moe(tmp_path / "source", "gpt_oss")
+    held: list[weakref.ref[torch.Tensor]] = []
+    load = Checkpoint.load
+
+    def watched(self, name):
+        value = load(self, name)
+        if "gate_up_proj" in name or "down_proj" in name:
+            held.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(Checkpoint, "load", watched)
+    model = resolve(open_checkpoint(source), load_recipe("mxfp4")).model
+    for name in model:
+        assert model[name] is not None
+    assert len(held) == 4 and all(tensor() is None for tensor in held)

@@ -1,8 +1,8 @@
 """The model that passes work on: a lazy mapping of logical names to tensors over a checkpoint.
 
 Nothing is read until a name is asked for, and nothing is kept, so that a pass that looks at one tensor at a
-time streams. The one exception is the fused expert tensor that was read last: its pieces follow each other,
-and reading it anew for each of 128 experts would cost more than holding it.
+time streams. The one exception is a fused expert tensor, which is held until its last piece is out: reading
+it anew for each of 128 experts would cost more than holding it.
 """
 
 import math
@@ -58,19 +58,23 @@ class Model(Mapping[str, Value]):
 
 
 class FusedReader:
-    """Gives pieces of fused tensors, holding the fused tensor that was read last."""
+    """Gives pieces of fused tensors, holding one fused tensor from its first piece to its last."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint, self._lock = checkpoint, Lock()
         self._held: tuple[str, torch.Tensor] | None = None
+        self._left = 0
 
-    def take(self, name: str, piece: Piece) -> torch.Tensor:
-        """``piece`` of the fused tensor ``name``; safe to call from several threads."""
+    def take(self, name: str, piece: Piece, count: int) -> torch.Tensor:
+        """``piece`` of the fused tensor ``name``, which has ``count``; safe to call from several threads."""
         with self._lock:
             if self._held is None or self._held[0] != name:
                 self._held = None  # let go of the last one before the next is read
-                self._held = (name, plain(self._checkpoint.load(name)))
+                self._held, self._left = (name, plain(self._checkpoint.load(name))), count
             fused = self._held[1]
+            self._left -= 1
+            if not self._left:
+                self._held = None
         return piece.take(fused)
 
 

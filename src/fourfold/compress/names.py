@@ -10,6 +10,7 @@ decision.
 import re
 from typing import Any
 
+from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.recipe import Recipe, first_match
 from fourfold.core.errors import FourfoldError
 
@@ -29,11 +30,6 @@ STORED_TRANSPOSED = {
     "decision_transformer": {"c_attn", "c_proj", "c_fc", "q_attn"},
     "imagegpt": {"c_attn", "c_proj", "c_fc", "q_attn"},
 }
-
-
-def module_of(name: str) -> str:
-    """The module that a parameter belongs to, as recipes and schemes name it."""
-    return name.removesuffix(".weight")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

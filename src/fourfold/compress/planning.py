@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 
 from fourfold.checkpoint.card import weight_format
-from fourfold.checkpoint.dialect import get_dialect
+from fourfold.checkpoint.dialect import get_dialect, module_of
 from fourfold.checkpoint.plan import CheckpointPlan
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
 from fourfold.compress.model import Model
-from fourfold.compress.names import module_of
 from fourfold.compress.pipeline import check_recipe, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from fourfold.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.experts import parse_fused, unfuse, unknown_layout
 from fourfold.compress.model import Entry, FusedReader, Model, plain, retyped
-from fourfold.compress.names import check_orientation, kept_reason, looks_stacked, module_of, not_linear
+from fourfold.compress.names import check_orientation, kept_reason, looks_stacked, not_linear
 from fourfold.compress.recipe import Recipe, first_match
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import LayerScheme, Quantization
@@ -58,6 +59,8 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
         else:
             entry, kept[name] = _cast(entry, recipe, checkpoint.dialect), reason
         entries[name] = entry
+    if not entries:
+        raise FourfoldError(f"{checkpoint.source} holds no tensors. Fetch its weights again.")
     if recipe.formats and not layers:
         raise UsageError(
             f"The recipe '{recipe.name}' rounds nothing in {checkpoint.source}: no linear weight of a "
@@ -79,10 +82,11 @@ def _entries(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, Entr
             yield name, Entry(info, partial(checkpoint.load, name), info)
             continue
         assert info.dtype is not None, "quantized sources were refused"
-        for piece in unfuse(name, shapes, checkpoint.config):
+        pieces = unfuse(name, shapes, checkpoint.config)
+        for piece in pieces:
             nbytes = torch.Size(piece.shape).numel() * info.dtype.itemsize
             of_piece = TensorInfo(piece.name, piece.shape, info.dtype, None, nbytes)
-            yield piece.name, Entry(of_piece, partial(reader.take, name, piece), info)
+            yield piece.name, Entry(of_piece, partial(reader.take, name, piece, len(pieces)), info)
 
 
 def _experts_to_cut(shapes: dict[str, tuple[int, ...]], recipe: Recipe) -> set[str]:

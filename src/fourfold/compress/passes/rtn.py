@@ -7,8 +7,8 @@ that are equal to what Quark and llm-compressor write.
 from dataclasses import replace
 from functools import partial
 
+from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.model import Entry, Model, formatted
-from fourfold.compress.names import module_of
 from fourfold.compress.pipeline import CalibrationSet, Pass
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
