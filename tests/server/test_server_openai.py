@@ -1,5 +1,6 @@
 """The openai client against a live server."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -20,7 +21,7 @@ def reference(tiny_llama):
 def test_models_tells_card_and_context(live):
     [model] = live.openai().models.list().data
     assert model.id == "tiny-llama"
-    assert model.model_extra["max_model_len"] == 512
+    assert model.model_extra["max_model_len"] == 512 and model.model_extra["vocab_size"] == 256
     assert model.model_extra["fourfold"] == live.engine.card.model_dump(mode="json")
     assert live.openai().models.retrieve("tiny-llama").id == "tiny-llama"
     with pytest.raises(NotFoundError, match="gpt-4"):
@@ -33,7 +34,7 @@ def test_completion_is_what_the_engine_says(live, reference):
     assert got.object == "text_completion"
     assert got.choices[0].text == want.text
     assert got.choices[0].finish_reason == want.finish_reason
-    assert got.usage.model_dump(exclude_none=True) == {
+    assert got.usage.model_dump(exclude_none=True, exclude={"prompt_tokens_details"}) == {
         "prompt_tokens": len(want.prompt_token_ids),
         "completion_tokens": len(want.token_ids),
         "total_tokens": len(want.prompt_token_ids) + len(want.token_ids),
@@ -47,6 +48,18 @@ def test_token_ids_and_their_text_are_one_prompt(live):
     by_ids = create(model="tiny-llama", prompt=tokens, **GREEDY)
     assert by_text.choices[0].text == by_ids.choices[0].text
     assert by_ids.usage.prompt_tokens == len(tokens)
+
+
+def test_cached_prompt_tokens_are_told_once_for_each_prompt(start_server):
+    server = start_server()
+    prompt = list(range(100, 150))  # 50 tokens: three full blocks of 16 can be reused
+    ask = {"prompt": [prompt, list(range(200, 250))], "max_tokens": 3, "temperature": 0, "n": 2}
+    server.complete(prompt=prompt, max_tokens=1)
+    usage = server.complete(**ask).json()["usage"]
+    assert usage["prompt_tokens"] == 100 and usage["prompt_tokens_details"] == {"cached_tokens": 48}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    last = server.complete(**ask, **options).text.strip().split("\n\n")[-2]
+    assert json.loads(last.removeprefix("data: "))["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}
 
 
 @pytest.mark.parametrize("prompts", [["one", "two", "one"], [[50, 51], [60, 61, 62]]])

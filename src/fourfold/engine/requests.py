@@ -103,7 +103,8 @@ class TokenOutput:
     ``text`` is what became printable with this token: "" while a character is incomplete or while the
     text may turn out to be a stop string. ``logprob`` and ``top_logprobs`` (likeliest first, natural
     logarithm) are of the model's own distribution, before penalties and temperature; they are set when
-    logprobs were asked for. ``finish_reason`` is set on the request's last token only.
+    logprobs were asked for. ``finish_reason`` is set on the request's last token only. ``cached_tokens`` of
+    the prompt were found in the prefix cache when the request was admitted first.
     """
 
     request_id: str
@@ -112,6 +113,7 @@ class TokenOutput:
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(slots=True)

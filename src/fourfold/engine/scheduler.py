@@ -84,6 +84,7 @@ class Scheduler:
             sequence.table.release()
             return False
         sequence.computed = hits
+        sequence.cached = hits if sequence.cached is None else sequence.cached
         self.prefix_hit_tokens += hits
         self.running.append(self.waiting.popleft())
         return True

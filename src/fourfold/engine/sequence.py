@@ -52,6 +52,7 @@ class Sequence:
     length_limit: int
     tokens: list[int] = field(init=False)
     computed: int = 0
+    cached: int | None = None  # prompt tokens reused at the first admission; a preempted one keeps its count
     stop_text: StopText = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +65,7 @@ class Sequence:
         output = TokenOutput(
             self.request.request_id, choice.token_id, "", choice.logprob, choice.top_logprobs
         )
+        output.cached_tokens = self.cached or 0
         output.text, output.finish_reason = self._advance(choice.token_id)
         return output
 

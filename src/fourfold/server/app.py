@@ -1,8 +1,8 @@
 """The FastAPI application: OpenAI's endpoints over one engine.
 
 ``/v1/models``, ``/v1/completions``, ``/v1/chat/completions``, ``/health``, ``/metrics``. Entries of
-``/v1/models`` carry two fields more than OpenAI's: ``max_model_len`` (tokens, as vLLM) and ``fourfold``, the
-model's card.
+``/v1/models`` carry three fields more than OpenAI's: ``max_model_len`` (tokens, as vLLM), ``vocab_size``
+(every token id below it may stand in a prompt) and ``fourfold``, the model's card.
 """
 
 import asyncio
@@ -61,6 +61,7 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
             "created": created,
             "owned_by": "fourfold",
             "max_model_len": service.engine.max_request_tokens,
+            "vocab_size": service.engine.model.shape.vocabulary,
             "fourfold": service.engine.card.model_dump(mode="json"),
         }
 

@@ -9,37 +9,41 @@ from fourfold.engine import TokenOutput
 from fourfold.server.errors import ApiError
 from fourfold.server.metrics import LatencyWatch
 from fourfold.server.schemas import StreamOptions
-from fourfold.server.shapes import Shape, usage
+from fourfold.server.shapes import Shape, final_usage, usage
 from fourfold.server.sse import DONE, event
 from fourfold.server.streams import TokenStream
 
 
 @dataclass
 class Generation:
-    """The choices of one request on their way; ``prompt_tokens`` counts each prompt once."""
+    """The choices of one request on their way: ``n`` of each prompt; prompt tokens count each prompt once."""
 
     id: str
     model: str
     shape: Shape
     prompt_tokens: int
+    n: int
     stream: TokenStream
     watch: LatencyWatch
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
 
     async def batches(self) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
         """What arrives, counted and timed; closing this aborts what is unfinished."""
         try:
             async for batch in self.stream:
                 self.completion_tokens += len(batch)
+                self.cached_tokens |= {index: output.cached_tokens for index, output in batch}
                 self.watch.tokens([index for index, _ in batch])
                 yield batch
         finally:
             self.stream.close()
 
     def usage(self) -> dict[str, Any]:
-        """Token counts up to now."""
-        return usage(self.prompt_tokens, self.completion_tokens)
+        """Token counts of the whole answer."""
+        cached = sum(count for index, count in self.cached_tokens.items() if index % self.n == 0)
+        return final_usage(self.prompt_tokens, self.completion_tokens, cached)
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer. Raises ApiError when the engine refuses or fails."""

@@ -109,7 +109,7 @@ class Service:
         prompt_tokens = sum(map(len, prompts))
         stream = self.loop.submit(requests)
         self.metrics.prompt_tokens.inc(prompt_tokens)
-        return Generation(generation_id, self.name, shape, prompt_tokens, stream, watch)
+        return Generation(generation_id, self.name, shape, prompt_tokens, n, stream, watch)
 
     def check_prompt(self, prompt: list[int], max_tokens: int | None) -> None:
         """Refuse prompts that are empty, or do not fit the model's context together with their output."""

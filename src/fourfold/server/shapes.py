@@ -119,3 +119,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def final_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """The counts of a finished answer; ``cached_tokens`` of the prompts were found in the prefix cache."""
+    details = {"prompt_tokens_details": {"cached_tokens": cached_tokens}}
+    return usage(prompt_tokens, completion_tokens) | details
