@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from fourfold.evaluate import evaluate
-from fourfold.evaluate.intervals import exponential, mean_per_token, positive, share
+from fourfold.evaluate.intervals import exponential, mean_per_token, perplexity, positive, share
 
 METRICS = ("perplexity", "perplexity_base", "perplexity_ratio", "kl_divergence", "top1_agreement")
 REPLICATIONS = 200
@@ -93,3 +93,12 @@ def test_an_interval_too_wide_for_a_float_is_still_json():
     estimate = exponential(mean_per_token([np.array([10.0, 90000.0])], [np.array([10, 10])]))
     assert math.isfinite(estimate.high)
     assert type(estimate).model_validate_json(estimate.model_dump_json()) == estimate
+
+
+def test_a_perplexity_below_one_is_in_no_interval():
+    """Two easy windows: the plain interval of the mean loss reaches below zero, where no loss can be."""
+    mean = mean_per_token([np.array([1.0, 9.0])], [np.array([50, 50])])
+    assert exponential(mean).low < 1  # a ratio of perplexities may be there
+    estimate = perplexity(mean)
+    assert (estimate.value, estimate.low) == (pytest.approx(math.exp(0.1)), 1.0)
+    assert estimate.high == exponential(mean).high

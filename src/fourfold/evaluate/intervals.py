@@ -55,10 +55,16 @@ def _stratum_variance(residuals: np.ndarray) -> float:
 
 
 def exponential(mean: Mean) -> Estimate:
-    """exp(mean): perplexity from a mean loss, or a ratio of perplexities from a mean difference."""
+    """exp(mean): a ratio of perplexities from a mean difference of losses; symmetric on the log scale."""
     return Estimate(
         value=_exp(mean.value), low=_exp(mean.value - mean.reach), high=_exp(mean.value + mean.reach)
     )
+
+
+def perplexity(mean: Mean) -> Estimate:
+    """exp(mean loss). No loss is below 0, so no perplexity is below 1, and neither is its interval."""
+    estimate = exponential(mean)
+    return estimate.model_copy(update={"low": max(estimate.low, 1.0)})
 
 
 def positive(mean: Mean) -> Estimate:

@@ -7,7 +7,7 @@ import numpy as np
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.protocols import LanguageModel
 from fourfold.core.records import TextQuality
-from fourfold.evaluate.intervals import Mean, exponential, mean_per_token, positive, share
+from fourfold.evaluate.intervals import Mean, exponential, mean_per_token, perplexity, positive, share
 from fourfold.evaluate.scores import WindowScore, score_window
 from fourfold.evaluate.task import Task
 from fourfold.evaluate.windows import cut
@@ -54,13 +54,13 @@ def summarize(texts: list[list[WindowScore]], has_base: bool) -> TextQuality:
     quality = TextQuality(
         tokens=int(sum(n.sum() for n in tokens)),
         windows=sum(map(len, texts)),
-        perplexity=exponential(mean(lambda w: w.loss)),
+        perplexity=perplexity(mean(lambda w: w.loss)),
     )
     if not has_base:
         return quality
     return quality.model_copy(
         update={
-            "perplexity_base": exponential(mean(lambda w: w.loss_base)),
+            "perplexity_base": perplexity(mean(lambda w: w.loss_base)),
             "perplexity_ratio": exponential(mean(lambda w: w.loss - w.loss_base)),
             "kl_divergence": positive(mean(lambda w: w.divergence)),
             "top1_agreement": share(mean(lambda w: w.agreed)),
