@@ -50,7 +50,8 @@ def open_chat(model: str, options: dict[str, float], threads: int | None) -> "Ch
     from fourfold.server.local import LocalChat
 
     return LocalChat(
-        Engine.load(model, EngineConfig(threads=threads)), SamplingParams.model_validate(options)
+        Engine.load(model, EngineConfig(threads=threads, max_batch_size=1)),
+        SamplingParams.model_validate(options),
     )
 
 

@@ -21,13 +21,13 @@ def generate(
 
     Example: `fourfold generate ./SmolLM2-mxfp4 --prompt "The capital of France is" --max-tokens 32`
     """
-    from fourfold.core.durable import write_file
+    from fourfold.cli.output import check_json_path, write_json
     from fourfold.engine import Engine, EngineConfig, SamplingParams
     from fourfold.server.local import timed_generation
 
-    engine = Engine.load(model, EngineConfig(threads=threads))
+    check_json_path(json_file)
+    engine = Engine.load(model, EngineConfig(threads=threads, max_batch_size=1))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     record = timed_generation(engine, prompt, sampling, show=lambda text: typer.echo(text, nl=False))
     typer.echo()
-    if json_file is not None:
-        write_file(json_file, record.model_dump_json(indent=2) + "\n")
+    write_json(json_file, record)

@@ -1,10 +1,14 @@
 """The ``fourfold`` command: registers the verbs and turns errors into one paragraph and an exit code.
 
-0 is good, 1 is failed (or a gate not kept), 2 is misused. Verb modules import their rooms inside the function,
-so that ``fourfold --help`` starts at once.
+0 is good, 1 is failed (or a gate not kept), 2 is misused, 130 is interrupted by Ctrl-C, as shells have it.
+Verb modules import their rooms inside the function, so that ``fourfold --help`` starts at once.
 """
 
+import atexit
+import signal
 import sys
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 
 import typer
@@ -25,6 +29,8 @@ VERBS = (
     "formats",
     "doctor",
 )
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Take a Hugging Face LLM to MXFP4, prove that it is still good, serve it, measure it.",
@@ -49,18 +55,30 @@ def options(
     """Options that belong to no verb."""
 
 
+def interruptible(verb: Callable[..., None]) -> Callable[..., None]:
+    """``verb`` with Ctrl-C as exit code 130; what typer makes of it differs between its versions."""
+
+    @wraps(verb)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            verb(*arguments, **options)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
 for verb in VERBS:
-    app.command(verb)(getattr(import_module(f"fourfold.cli.{verb}"), verb))
+    app.command(verb)(interruptible(getattr(import_module(f"fourfold.cli.{verb}"), verb)))
 
 
 def main() -> None:
-    """Run the command line; never a traceback for a FourfoldError."""
+    """Run the command line; never a traceback for a FourfoldError or Ctrl-C."""
     try:
         app()
     except FourfoldError as error:
         print(f"fourfold: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # the reader (`| head`) has what it wanted; Python would complain once more while closing stdout
-        sys.stderr.close()
-        sys.exit(0)
+    finally:
+        # registered last, so run first: libraries that tidy up at exit would answer Ctrl-C with a traceback
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

@@ -17,13 +17,15 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def check_json_path(path: Path | None) -> None:
-    """Refuse a ``--json`` file that could not be written, before any work is done."""
+    """Make the folder of a ``--json`` file; refuse one that cannot be written, before any work is done."""
     if path is None:
         return
     if path.is_dir():
         raise UsageError(f"--json {path} is a folder. Name a file.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {path}: its folder does not exist. Make it first.")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--json {path}: its folder cannot be made ({error.strerror}).") from error
 
 
 def write_json(path: Path | None, record: BaseModel) -> None:
@@ -40,11 +42,11 @@ def write_json(path: Path | None, record: BaseModel) -> None:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that is gone when the work is done; yields ``update(done, total)``."""
+    """A bar on stderr, if that is a terminal, gone when the work is done; yields ``update(done, total)``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -55,7 +57,7 @@ def bytes_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, description=f"{label} {name}"
