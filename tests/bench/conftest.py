@@ -27,6 +27,8 @@ class SmallServer:
     extra_prompt_tokens: int = 0
     stops_after: int | None = None
     fail_every: int | None = None
+    spared: int = 0
+    refusal: str = "too busy"
     breaks_after: int | None = None
     entry: dict[str, Any] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -57,8 +59,8 @@ class SmallServer:
             )
             return await reply(send, 400, {"error": {"message": text}})
         self.bodies.append(body)
-        if self.fail_every and len(self.bodies) % self.fail_every == 0:
-            return await reply(send, 503, {"error": {"message": "too busy"}})
+        if self.fail_every and len(self.bodies) > self.spared and len(self.bodies) % self.fail_every == 0:
+            return await reply(send, 503, {"error": {"message": self.refusal}})
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from fourfold.cli.bench import bench
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import RunRecord
 
 
@@ -40,6 +41,15 @@ def test_excluded_runs_are_shown_with_their_first_error(small_server, tmp_path):
     assert "output tokens, got 1" in " ".join(result.output.split())
 
 
+def test_an_error_with_brackets_is_shown_as_it_is(small_server, tmp_path):
+    app, url = small_server
+    app.fail_every, app.refusal = 1, "no [/room] left"
+    app.spared = 1
+    result = call(url, "--scale", 0.02, "--out", tmp_path / "[bold]")
+    assert result.exit_code == 0, result.exception
+    assert "no [/room] left" in " ".join(result.output.split()) and "[bold]/chat-c1.json" in result.output
+
+
 def test_the_key_is_sent_and_never_written(small_server, tmp_path, monkeypatch):
     _, url = small_server
     monkeypatch.setenv("SECRET_KEY", "sk-something")
@@ -59,6 +69,18 @@ def test_the_key_is_sent_and_never_written(small_server, tmp_path, monkeypatch):
 def test_misuse(tmp_path, options, message):
     error = call("http://127.0.0.1:9", "--out", tmp_path, *options).exception
     assert isinstance(error, UsageError) and message in str(error)
+
+
+def test_a_folder_that_cannot_be_made_is_misuse(small_server):
+    error = call(small_server[1], "--scale", 0.02, "--out", __file__).exception
+    assert isinstance(error, UsageError) and "--out" in str(error)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_without_room_is_one_error(small_server, tmp_path):
+    (tmp_path / "chat-c1.json.tmp").symlink_to("/dev/full")
+    error = call(small_server[1], "--scale", 0.02, "--requests", 1, "--out", tmp_path).exception
+    assert isinstance(error, FourfoldError) and "could not be written" in str(error)
 
 
 @pytest.mark.e2e

@@ -12,7 +12,7 @@ from report_records import BASE, NOTE, QUANTIZED, card, evaluation, requests, ru
 from typer.testing import CliRunner
 
 from fourfold.cli.report import report
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.report import write_report
 from fourfold.report.charts import embed
 from fourfold.report.collect import collect
@@ -205,6 +205,8 @@ def test_the_verb(results, tmp_path):
     app = typer.Typer()
     app.command()(report)
     result = CliRunner().invoke(app, [str(results), "-o", str(tmp_path / "new" / "page.html")])
-    assert result.exit_code == 0 and "2 models, 1 evaluations, 6 runs" in " ".join(result.output.split())
+    assert result.exit_code == 0 and "models 2, evaluations 1, runs 6" in " ".join(result.output.split())
     error = CliRunner().invoke(app, [str(results), "-o", str(tmp_path)]).exception
     assert isinstance(error, UsageError) and "is a folder" in str(error)
+    error = CliRunner().invoke(app, [str(results), "-o", f"{__file__}/page.html"]).exception
+    assert isinstance(error, FourfoldError) and "could not be written" in str(error)

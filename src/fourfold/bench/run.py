@@ -26,7 +26,7 @@ from fourfold.bench.record import make_record, run_notes
 from fourfold.bench.target import is_url, public_target, serving
 from fourfold.bench.workload import Workload
 from fourfold.core.durable import write_file
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.machine import now
 from fourfold.core.records import RunRecord, RunSettings
 
@@ -47,7 +47,7 @@ def run(
     """
     plan.check()
     workloads = plan.workloads()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with serving(target) as url:
         endpoint = asyncio.run(discover_at(url, plan, headers))
         for workload in workloads:
@@ -60,7 +60,7 @@ def run(
             record = asyncio.run(
                 session.measure(settings, public_target(target), partial(on_request, settings))
             )
-            write_file(record_path(out, settings), record.model_dump_json(indent=1))
+            write_record(record_path(out, settings), record)
             yield record_path(out, settings), record
 
 
@@ -139,6 +139,25 @@ def check_length(workload: Workload, endpoint: Endpoint) -> None:
 def record_path(out: Path, settings: RunSettings) -> Path:
     """Where a run's record lies."""
     return out / f"{settings.profile}-c{settings.concurrency}.json"
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the records. Raises UsageError when that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: this folder cannot be made ({error.strerror}).") from error
+
+
+def write_record(path: Path, record: RunRecord) -> None:
+    """Write a record, whole or not at all. Raises FourfoldError when the disk does not take it."""
+    try:
+        write_file(path, record.model_dump_json(indent=1))
+    except OSError as error:
+        raise FourfoldError(
+            f"The record {path} could not be written ({error.strerror}). Earlier runs are safe; make room, "
+            "or choose another --out."
+        ) from error
 
 
 def refuse_foreign_record(path: Path, endpoint: Endpoint) -> None:

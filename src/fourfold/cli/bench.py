@@ -139,7 +139,7 @@ class Display:
         self.runs.append((path, record))
         if not self.console.is_terminal:
             state = "excluded" if record.excluded else f"{record.duration_s:.1f} s"
-            self.console.print(f"{path}: {state}", soft_wrap=True)
+            self.console.print(f"{path}: {state}", soft_wrap=True, markup=False)
 
     def render(self):
         """Table and status, for the terminal."""
@@ -150,17 +150,18 @@ class Display:
     def table(self) -> "Table":
         """All runs so far; excluded runs show why and no figures."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title="closed-loop runs", box=box.SIMPLE, padding=(0, 1))
-        table.add_column("profile")
+        table = Table(title="closed-loop runs", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("profile", no_wrap=True)
         for name in ("tokens\nin/out", "users", *COLUMNS.values(), "errors"):
             table.add_column(name, justify="right")
         for _, record in self.runs:
             table.add_row(*row(record), style="dim" if record.excluded else None)
         for _, record in self.runs:
             if record.excluded:
-                table.caption = f"excluded, more than 10 % errors; the first: {first_error(record)}"
+                table.caption = f"excluded, more than 10 % errors; the first: {escape(first_error(record))}"
         return table
 
 

@@ -31,12 +31,13 @@ def chat(
     Example: `fourfold chat ./SmolLM2-mxfp4` or `fourfold chat http://127.0.0.1:8000`
     """
     from rich.console import Console
+    from rich.markup import escape
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
     options |= {"seed": seed} if seed is not None else {}
     partner = open_chat(model, options, threads)
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]{partner.name}[/bold]. {HELP}")
+    console.print(f"[bold]{escape(partner.name)}[/bold]. {HELP}")
     converse(partner, console, [{"role": "system", "content": system}] if system else [])
 
 

@@ -14,6 +14,8 @@ def report(
 
     Example: `fourfold report results/bf16 results/mxfp4 -o page.html`
     """
+    from rich.markup import escape
+
     from fourfold.cli.output import bytes_text, stdout
     from fourfold.core.errors import UsageError
     from fourfold.report import write_report
@@ -24,7 +26,7 @@ def report(
     runs = sum(len(s.runs) for s in study.subjects)
     evaluations = sum(len(s.evaluations) for s in study.subjects)
     stdout.print(
-        f"{output}: {len(study.subjects)} models, {evaluations} evaluations, {runs} runs, "
+        f"{escape(str(output))}: models {len(study.subjects)}, evaluations {evaluations}, runs {runs}, "
         f"{bytes_text(output.stat().st_size)}",
         soft_wrap=True,
     )
