@@ -1,9 +1,13 @@
 """The writer: killed anywhere and resumed it gives the same bytes; what it cannot do it refuses, clearly."""
 
+import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,19 +138,69 @@ def test_a_damaged_journal_is_refused(tiny_llama, tmp_path):
 
 
 def test_a_full_disk_leaves_work_that_can_be_resumed(whole, tiny_llama, tmp_path):
-    # a limit on the size of files fails as a full disk does, in the same calls, without a disk of its own
     out = tmp_path / "model"
     largest = max(path.stat().st_size for path in whole.glob("*.safetensors"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
-    try:
-        with pytest.raises(FourfoldError, match=r"No room for .*--resume"):
-            make(tiny_llama, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(largest - 1), pytest.raises(FourfoldError, match=r"No room for .*--resume"):
+        make(tiny_llama, out)
     assert not out.exists() and not list(partial_folder(out).glob("*.safetensors.tmp"))
     make(tiny_llama, out, resume=True)
     assert contents(out) == contents(whole)
+
+
+@contextmanager
+def files_of_at_most(nbytes: int):
+    """A limit on the size of files fails as a full disk does, in the same calls, without a disk of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_at_a_small_file(tiny_llama, tmp_path):
+    long, limit = "x" * 60_000, 40_000
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    (source / "chat_template.jinja").write_text(long)
+    with files_of_at_most(limit), pytest.raises(FourfoldError, match=r"No room for .*partial.*--resume"):
+        make(source, tmp_path / "tokenizer")
+    make(source, tmp_path / "tokenizer", resume=True)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"long": long}))
+    with (
+        files_of_at_most(limit),
+        pytest.raises(FourfoldError, match=r"No room for .*config\.json: .*--resume"),
+    ):
+        make(source, tmp_path / "config")
+    make(source, tmp_path / "config", resume=True)
+    assert contents(tmp_path / "config")["chat_template.jinja"] == long.encode()
+    fingerprint = {"source": long}
+    with files_of_at_most(limit), pytest.raises(FourfoldError, match=r"No room for .*journal\.json"):
+        make(source, tmp_path / "journal", fingerprint=fingerprint)
+    make(source, tmp_path / "journal", resume=True, fingerprint=fingerprint)
+    assert list(contents(tmp_path / "journal")) == list(contents(tmp_path / "config"))
+
+
+def test_an_output_where_none_can_be(tiny_llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FourfoldError, match=r"file/out\.partial cannot be used: Not a directory"):
+        make(tiny_llama, tmp_path / "file" / "out")
+    with pytest.raises(FourfoldError, match="cannot be used: File name too long"):
+        make(tiny_llama, tmp_path / ("o" * 300))
+
+
+def test_every_file_is_synced_before_the_folder_gets_its_name(tiny_llama, tmp_path, monkeypatch):
+    synced, real = set(), os.fsync
+
+    def fsync(handle: int) -> None:
+        # while OUT is not there, what is synced is in OUT.partial
+        if not (tmp_path / "model").exists():
+            synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".tmp"))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    make(tiny_llama, tmp_path / "model")
+    assert synced >= set(contents(tmp_path / "model"))
 
 
 LOCKED = """

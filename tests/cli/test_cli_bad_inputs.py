@@ -125,6 +125,25 @@ def test_a_full_disk(fourfold, model, tmp_path):
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
+def test_an_output_below_a_file(fourfold, tiny_llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["quantize", tiny_llama, tmp_path / "file" / "out"]
+    assert_one_paragraph(fourfold(*words), 1, "file/out", "Not a directory", "rights")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_fails_outside_every_room_is_one_paragraph():
+    """The last net: nothing in the command expects that its own output cannot be written."""
+    code = "import sys; from fourfold.cli.main import main; sys.argv = ['fourfold', '--version']; main()"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-u", "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "No room for" in result.stderr and "--resume" in result.stderr
+
+
 def test_an_output_that_is_there(fourfold, tiny_llama, tmp_path):
     (tmp_path / "out").mkdir()
     assert_one_paragraph(fourfold("quantize", tiny_llama, tmp_path / "out"), 2, "out", "exists")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fourfold.core.durable import sha256_of, write_file
+from fourfold.core.durable import sha256_of, write_file, writing
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import read_manifest
 from fourfold.core.records import Record
@@ -39,8 +39,9 @@ class Journal:
                 f"{work} holds the work of an interrupted run. Continue it with --resume, or delete that "
                 "folder."
             )
-        work.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(work)
+        with writing(work):
+            work.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(work)
         if existed:
             self._continue(fingerprint)
         self._write()
@@ -73,7 +74,9 @@ class Journal:
         (self.work / LOCK).unlink()
 
     def _write(self) -> None:
-        write_file(self.work / JOURNAL, json.dumps(self.record.model_dump(), indent=2, sort_keys=True))
+        path = self.work / JOURNAL
+        with writing(path):
+            write_file(path, json.dumps(self.record.model_dump(), indent=2, sort_keys=True))
 
     def _continue(self, fingerprint: dict[str, str]) -> None:
         previous = _read(self.work)

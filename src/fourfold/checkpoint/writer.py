@@ -23,7 +23,7 @@ from fourfold.checkpoint.journal import Journal
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.tensors import TensorInfo
-from fourfold.core.durable import sha256_of, sync_folder, write_file
+from fourfold.core.durable import sha256_of, sync_file, sync_folder, write_file, writing
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import MANIFEST_NAME, Manifest
 from fourfold.core.quantization import Quantization
@@ -131,16 +131,18 @@ class CheckpointWriter:
             raise FourfoldError(f"{self.work} still lacks {len(pending)} shards, first {pending[0].file}.")
         self._write_config(generation_config or {})
         if write_tokenizer is not None:
-            write_tokenizer(self.work)
+            with writing(self.work):
+                write_tokenizer(self.work)
         card = card or make_card(
             self.out.name, self.config, self.stored_infos(), self.quantization, list(notes)
         )
         manifest = self._write_manifest(source, recipe, card)
-        self._journal.remove()
-        sync_folder(self.work)
-        self._journal.close()
-        self.work.rename(self.out)
-        sync_folder(self.out.parent)
+        with writing(self.out):
+            self._journal.remove()
+            sync_folder(self.work)
+            self._journal.close()
+            self.work.rename(self.out)
+            sync_folder(self.out.parent)
         return manifest
 
     def stored_infos(self) -> list[TensorInfo]:
@@ -160,11 +162,15 @@ class CheckpointWriter:
         config = dict(self.config)
         if self.plan.config is not None:
             config["quantization_config"] = self.plan.config
-        write_file(self.work / CONFIG, to_json(config))
+        self._write_json(CONFIG, config)
         if generation_config:
-            write_file(self.work / GENERATION_CONFIG, to_json(generation_config))
+            self._write_json(GENERATION_CONFIG, generation_config)
         if len(self.shards) > 1:
-            write_file(self.work / INDEX, to_json(self._index()))
+            self._write_json(INDEX, self._index())
+
+    def _write_json(self, name: str, value: object) -> None:
+        with writing(self.work / name):
+            write_file(self.work / name, to_json(value))
 
     def _index(self) -> dict[str, Any]:
         files = {
@@ -178,7 +184,9 @@ class CheckpointWriter:
         skipped = {*hashes, *self._journal.own_files(), MANIFEST_NAME}
         for path in sorted(self.work.iterdir()):
             if path.is_file() and path.name not in skipped and path.suffix != ".tmp":
-                hashes[path.name] = sha256_of(path)
+                with writing(path):
+                    sync_file(path)  # the tokenizer's libraries leave that to chance
+                    hashes[path.name] = sha256_of(path)
         manifest = Manifest(
             fourfold_version=__version__,
             source=source,
@@ -188,7 +196,7 @@ class CheckpointWriter:
             card=card,
             sha256=dict(sorted(hashes.items())),
         )
-        write_file(self.work / MANIFEST_NAME, to_json(manifest.model_dump()))
+        self._write_json(MANIFEST_NAME, manifest.model_dump())
         return manifest
 
 
@@ -199,7 +207,9 @@ def partial_folder(out: Path) -> Path:
 
 def refuse_existing(out: Path) -> None:
     """Raise UsageError when ``out`` is there already."""
-    if out.exists() or out.is_symlink():
+    with writing(out):
+        exists = out.exists() or out.is_symlink()
+    if exists:
         raise UsageError(f"{out} exists already. Name another output, or remove it first.")
 
 

@@ -14,6 +14,7 @@ from importlib import import_module
 import typer
 
 from fourfold import __version__
+from fourfold.core.durable import file_failure
 from fourfold.core.errors import FourfoldError
 
 VERBS = (
@@ -73,12 +74,16 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Run the command line; never a traceback for a FourfoldError or Ctrl-C."""
+    """Run the command line; never a traceback for a FourfoldError, a disk or network that fails, or Ctrl-C."""
     try:
         app()
     except FourfoldError as error:
         print(f"fourfold: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # the last net: rooms name the place where they know it better than the system does
+        print(f"fourfold: {file_failure(error)}", file=sys.stderr)
+        sys.exit(1)
     finally:
         # registered last, so run first: libraries that tidy up at exit would answer Ctrl-C with a traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)

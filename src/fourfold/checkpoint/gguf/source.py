@@ -74,11 +74,17 @@ class GGUFCheckpoint(Checkpoint):
         path = Path(self.source)
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer.save_pretrained(folder)
         except Exception as error:  # transformers raises many kinds for a vocabulary it cannot rebuild
             raise FourfoldError(
                 f"transformers cannot rebuild the tokenizer inside {path} ({type(error).__name__}: "
                 f"{short(str(error))}). Start from the model's Hugging Face folder instead."
+            ) from error
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # a full disk is no OSError here: the tokenizers library has its own
+            raise FourfoldError(
+                f"The tokenizer cannot be written into {folder} ({short(str(error))}). Free some space there, "
+                "check its rights, and run the same command again (quantize and convert with --resume)."
             ) from error
         return tokenizer_files(folder)
 

@@ -15,11 +15,10 @@ from typing import Self
 import torch
 
 from fourfold.checkpoint.storage.header import DTYPES, PlannedTensor, build_header
-from fourfold.core.durable import sha256_of, sync_folder
+from fourfold.core.durable import file_failure, sha256_of, sync_folder, writing
 from fourfold.core.errors import FourfoldError
 
 METADATA = {"format": "pt"}  # transformers refuses a file whose metadata does not say this
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_WRITE_BYTES = 1 << 30
 
 _DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
@@ -98,9 +97,10 @@ class SafetensorsWriter:
             self._discard()
             raise self._failed(failure) from failure
         os.close(self._handle)
-        digest = sha256_of(self._temporary)
-        self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
+        with writing(self.path):
+            digest = sha256_of(self._temporary)
+            self._temporary.replace(self.path)
+            sync_folder(self.path.parent)
         self.on_done(digest)
 
     def _discard(self) -> None:
@@ -110,13 +110,7 @@ class SafetensorsWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> FourfoldError:
-        if error.errno in FULL:
-            return FourfoldError(
-                f"No room for {self.path} ({self.nbytes} bytes): {os.strerror(error.errno or 0)}. Finished "
-                "shards are kept: free some space (or raise the limit) and run the same command with "
-                "--resume."
-            )
-        return FourfoldError(f"Cannot write {self.path}: {error.strerror}. Check the folder and its rights.")
+        return file_failure(error, f"{self.path} ({self.nbytes} bytes)")
 
 
 def _reserve(handle: int, nbytes: int) -> None:
