@@ -110,9 +110,21 @@ def test_chat_with_nobody_is_one_clear_error():
 
 
 def test_remote_refusals_are_told(live):
-    partner = RemoteChat(live.url, {"max_tokens": 9999})
+    partner = RemoteChat(live.url, {"max_tokens": 9})
     with pytest.raises(FourfoldError, match="maximum context length"):
-        list(partner.reply([{"role": "user", "content": "a"}]))
+        list(partner.reply([{"role": "user", "content": "a" * 600}]))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_answer_is_as_long_as_the_context_has_room(tiny_llama, live, remote):
+    options = {"max_tokens": 9999, "temperature": 0}
+    messages = [{"role": "user", "content": "a" * 480}]
+    engine = Engine.load(tiny_llama, EngineConfig(threads=1))
+    room = engine.max_request_tokens - len(engine.tokenizer.apply_chat_template(messages))
+    local = LocalChat(engine, SamplingParams(**options, ignore_eos=True))
+    partner = RemoteChat(live.url, options | {"ignore_eos": True}) if remote else local
+    pieces = list(partner.reply(messages))
+    assert len(pieces) == room > 1
 
 
 def test_ctrl_c_ends_the_answer_between_steps(tiny_llama):

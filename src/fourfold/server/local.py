@@ -36,10 +36,16 @@ class LocalChat:
         self.name = engine.card.name
 
     def reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        """The next turn, token by token. Raises FourfoldError when the conversation does not fit."""
+        """The next turn, token by token, cut where the context is full.
+
+        Raises FourfoldError when the conversation alone does not fit.
+        """
         prompt = self.engine.tokenizer.apply_chat_template(messages)
+        room = max(self.engine.max_request_tokens - len(prompt), 1)
+        longest = min(self.sampling.max_tokens or room, room)
+        sampling = self.sampling.model_copy(update={"max_tokens": longest})
         with DeferredInterrupt() as interrupt:
-            for output in stream_tokens(self.engine, prompt, self.sampling):
+            for output in stream_tokens(self.engine, prompt, sampling):
                 yield output.text
                 interrupt.check()
 
@@ -76,10 +82,10 @@ def stream_tokens(
 
     Raises FourfoldError when the prompt fills the model's context.
     """
-    if len(prompt_token_ids) >= engine.max_positions:
+    if len(prompt_token_ids) >= engine.max_request_tokens:
         raise FourfoldError(
             f"The prompt has {len(prompt_token_ids)} tokens and the model's context only "
-            f"{engine.max_positions}: shorten it (in a chat, /reset starts anew)."
+            f"{engine.max_request_tokens}: shorten it (in a chat, /reset starts anew)."
         )
     request_id, finished = uuid.uuid4().hex, False
     engine.add(Request(request_id, prompt_token_ids, sampling))

@@ -8,7 +8,12 @@ import httpx
 
 from fourfold.core.errors import FourfoldError
 
+CONTEXT_FULL = "context_length_exceeded"  # OpenAI's error code
 TIMEOUT = httpx.Timeout(10.0, read=None)  # a long prompt may take long to its first token
+
+
+class ContextFullError(FourfoldError):
+    """Prompt and wanted answer together are longer than the model's context."""
 
 
 class RemoteChat:
@@ -32,13 +37,23 @@ class RemoteChat:
             ) from error
 
     def reply(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        """The next turn, piece by piece; leaving early closes the connection, which aborts the answer."""
+        """The next turn, piece by piece; leaving early closes the connection, which aborts the answer.
+
+        Where the context leaves less room than ``max_tokens``, the answer may be as long as there is room.
+        """
         body = {"model": self.name, "messages": messages, "stream": True} | self.options
+        try:
+            yield from self._answer(body)
+        except ContextFullError:
+            yield from self._answer({name: v for name, v in body.items() if name != "max_tokens"})
+
+    def _answer(self, body: dict[str, Any]) -> Iterator[str]:
         try:
             with self.client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
                 if response.is_error:
                     response.read()
-                    raise FourfoldError(f"{self.url} refused: {error_message(response.text)}")
+                    kind = ContextFullError if CONTEXT_FULL in response.text else FourfoldError
+                    raise kind(f"{self.url} refused: {error_message(response.text)}")
                 for line in response.iter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield piece_of(json.loads(line.removeprefix("data: ")), self.url)
