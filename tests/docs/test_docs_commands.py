@@ -11,16 +11,17 @@ import pytest
 README = Path(__file__).parents[2] / "README.md"
 
 
-def shell_blocks(text: str) -> list[str]:
-    """The fenced ``sh`` blocks, in order."""
-    return re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+def blocks_of(text: str, language: str) -> list[str]:
+    """The fenced blocks of ``language``, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.mark.e2e
 def test_readme_commands_run(tiny_llama, tmp_path):
-    blocks = shell_blocks(README.read_text())
+    blocks = blocks_of(README.read_text(), "sh")
     assert blocks, "README.md shows no ```sh block"
     (tmp_path / "my-model").symlink_to(tiny_llama)
+    (tmp_path / "careful.yaml").write_text(blocks_of(README.read_text(), "yaml")[0])
     (tmp_path / "story.txt").write_text("It was a bright cold day in April. " * 200)
     script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT", "set -eux", *blocks])
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
