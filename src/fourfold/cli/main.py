@@ -5,6 +5,7 @@ Verb modules import their rooms inside the function, so that ``fourfold --help``
 """
 
 import atexit
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -74,7 +75,9 @@ for verb in VERBS:
 
 
 def main() -> None:
-    """Run the command line; never a traceback for a FourfoldError, a disk or network that fails, or Ctrl-C."""
+    """Run the command line; never a traceback for a FourfoldError, a failing disk, or Ctrl-C."""
+    # libgomp, which reads this when torch is imported, would spin on a core that our own threads could use
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except FourfoldError as error:
