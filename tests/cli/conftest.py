@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from fourfold.cli import output
 from fourfold.cli.main import main
 
 
@@ -25,6 +26,9 @@ def fourfold(monkeypatch, capsys) -> Callable[..., Outcome]:
     def run(*words: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fourfold", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(
+            output.stdout, "width", 120
+        )  # it may have been made before, by another room's test
         capsys.readouterr()
         try:
             main()

@@ -209,4 +209,4 @@ def test_the_verb(results, tmp_path):
     error = CliRunner().invoke(app, [str(results), "-o", str(tmp_path)]).exception
     assert isinstance(error, UsageError) and "is a folder" in str(error)
     error = CliRunner().invoke(app, [str(results), "-o", f"{__file__}/page.html"]).exception
-    assert isinstance(error, FourfoldError) and "could not be written" in str(error)
+    assert isinstance(error, FourfoldError) and "page.html cannot be used" in str(error)

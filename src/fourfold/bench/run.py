@@ -25,8 +25,8 @@ from fourfold.bench.prompts import (
 from fourfold.bench.record import make_record, run_notes
 from fourfold.bench.target import is_url, public_target, serving
 from fourfold.bench.workload import Workload
-from fourfold.core.durable import write_file
-from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.durable import write_file, writing
+from fourfold.core.errors import UsageError
 from fourfold.core.machine import now
 from fourfold.core.records import RunRecord, RunSettings
 
@@ -151,13 +151,8 @@ def make_folder(out: Path) -> None:
 
 def write_record(path: Path, record: RunRecord) -> None:
     """Write a record, whole or not at all. Raises FourfoldError when the disk does not take it."""
-    try:
+    with writing(path):
         write_file(path, record.model_dump_json(indent=1))
-    except OSError as error:
-        raise FourfoldError(
-            f"The record {path} could not be written ({error.strerror}). Earlier runs are safe; make room, "
-            "or choose another --out."
-        ) from error
 
 
 def refuse_foreign_record(path: Path, endpoint: Endpoint) -> None:

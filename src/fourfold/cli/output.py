@@ -7,8 +7,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from rich.console import Console
 
-from fourfold.core.durable import write_file
-from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.durable import write_file, writing
+from fourfold.core.errors import UsageError
 from fourfold.core.records import Estimate
 
 # what comes from outside (names, paths, notes) goes through rich.markup.escape: [brackets] are markup here
@@ -32,12 +32,8 @@ def write_json(path: Path | None, record: BaseModel) -> None:
     """Write ``record`` to ``path``, whole or not at all. None writes nothing."""
     if path is None:
         return
-    try:
+    with writing(path):
         write_file(path, record.model_dump_json(indent=2) + "\n")
-    except OSError as error:
-        raise FourfoldError(
-            f"The figures could not be written to {path} ({error.strerror}). Name a file on a disk with room."
-        ) from error
 
 
 @contextmanager

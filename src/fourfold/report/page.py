@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from fourfold import __version__
 from fourfold.bench import metrics_in_order
-from fourfold.core.durable import write_file
-from fourfold.core.errors import FourfoldError
+from fourfold.core.durable import write_file, writing
 from fourfold.report import commands, digits
 from fourfold.report.cautions import cautions, model_notes
 from fourfold.report.charts import chart_data, embed, profile_title, profiles_of
@@ -50,13 +49,9 @@ def write_report(folders: Sequence[Path], page: Path) -> Study:
     collection = collect(folders)
     study = build(collection)
     html = render(study, collection)
-    try:
+    with writing(page):
         page.parent.mkdir(parents=True, exist_ok=True)
         write_file(page, html)
-    except OSError as error:
-        raise FourfoldError(
-            f"The page {page} could not be written ({error.strerror}). Name a file in a folder with room."
-        ) from error
     return study
 
 
