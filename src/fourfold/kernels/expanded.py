@@ -1,9 +1,11 @@
 """``linear`` for many rows of x: expand a slice of the weight, let torch multiply, go on with the next.
 
-A value of an MX format is a short integer times a power of two and therefore exact in bfloat16, so for a
-bfloat16 ``x`` the slice is expanded to bfloat16 and torch's own matrix product, which sums in float32, loses
-nothing against the reference. Other formats have scales with more bits and are multiplied in float32. The
-price is the expansion on every call, which pays off from about a dozen rows of x on.
+A value of an MX format is a short integer times a power of two and therefore exact in bfloat16, down to
+bfloat16's smallest step of 2^-133 (an MXFP8 code under the very smallest scales may lie below it, and is
+rounded by less than 2^-133). So for a bfloat16 ``x`` the slice is expanded to bfloat16, and torch's own
+matrix product, which sums in float32, loses nothing against the reference. Other formats have scales with
+more bits and are multiplied in float32. The price is the expansion on every call, which pays off from about
+a dozen rows of x on.
 """
 
 from collections.abc import Callable
@@ -34,5 +36,8 @@ def linear(x: torch.Tensor, w: BlockTensor, expand: Expand = BlockTensor.dequant
 
 @cache
 def exact_in_bfloat16(format_name: str) -> bool:
-    """Whether every value of the format is a bfloat16: elements of at most 8 bits under a power of two."""
+    """Whether the format's values are bfloat16s: elements of at most 8 bits under a power of two.
+
+    Values that need a step below 2^-133 (MXFP8 under scales below 2^-117) are not, and become the nearest.
+    """
     return get_format(format_name).scale == "e8m0"
