@@ -35,7 +35,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize("model_type", ["mamba", "../llama", "registry"])
 def test_unknown_architecture_is_named_with_the_known(folder, model_type):
     change_config(folder, model_type=model_type)
-    with pytest.raises(UsageError, match=rf"'{model_type}'.*llama, qwen3"):
+    with pytest.raises(UsageError, match=rf"'{model_type}'.*llama, mistral, qwen2, qwen3"):
         load(folder)
 
 
@@ -56,6 +56,14 @@ def test_a_missing_size_is_named(folder, key):
     ("changes", "message"),
     [
         ({"num_hidden_layers": "many"}, "many"),
+        ({"num_hidden_layers": 1e999}, "infinity"),
+        ({"num_attention_heads": 0}, "heads is 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "zero"),
+        ({"num_hidden_layers": 0}, "layers is 0"),
+        ({"hidden_size": -64}, "hidden is -64"),
+        ({"max_position_embeddings": 0}, "max_positions is 0"),
+        ({"head_dim": 31}, "even"),
+        ({"rms_norm_eps": -1}, "eps is -1"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"num_key_value_heads": 3}, "3 key heads"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
@@ -65,6 +73,21 @@ def test_a_missing_size_is_named(folder, key):
 def test_a_config_beyond_the_engine(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(FourfoldError, match=message):
+        load(folder)
+
+
+def test_a_context_beyond_all_memory_costs_nothing(folder):
+    expected = continue_all(load(folder), [prompt(9)], greedy(5))
+    change_config(folder, max_position_embeddings=10**12)
+    assert continue_all(load(folder, kv_cache_tokens=64), [prompt(9)], greedy(5)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_weight_that_is_no_plain_float_is_refused(folder, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    said = str(dtype).removeprefix("torch.")
+    with pytest.raises(FourfoldError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight.*{said}.*bfloat16"):
         load(folder)
 
 
@@ -103,9 +126,19 @@ def test_no_chat_template_is_a_usage_error(folder):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
-def test_sliding_windows_are_refused(tmp_path):
-    folder = build_tiny_model(tmp_path / "sliding", "qwen3", use_sliding_window=True)
-    with pytest.raises(FourfoldError, match="sliding"):
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_sliding_windows_are_refused(tmp_path, model_type):
+    folder = build_tiny_model(tmp_path / "sliding", model_type, use_sliding_window=True, sliding_window=64)
+    with pytest.raises(FourfoldError, match=r"sliding window.*64 of 512"):
+        load(folder)
+
+
+def test_a_mistral_config_without_a_word_of_windows_has_one(tmp_path):
+    folder = build_tiny_model(tmp_path / "silent", "mistral", max_position_embeddings=8192)
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("sliding_window") == 4096  # what transformers takes when nothing is said
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FourfoldError, match="4096 of 8192"):
         load(folder)
 
 
@@ -154,6 +187,29 @@ def test_a_failed_generate_leaves_nothing_behind(tiny_llama):
     assert not engine.has_work and engine.stats.kv_tokens_used == 0
 
 
+def test_too_few_sampling_params(tiny_llama):
+    with pytest.raises(UsageError, match="2 prompts but 1"):
+        load(tiny_llama).generate([[5], [6]], [greedy(1)])
+
+
+def test_a_step_that_raised_can_be_repeated(tiny_llama, monkeypatch):
+    expected = continue_all(load(tiny_llama), [prompt(9), prompt(5)], greedy(6, presence_penalty=1.5))
+    engine = load(tiny_llama)
+    for i, tokens in enumerate((prompt(9), prompt(5))):
+        engine.add(Request(str(i), tokens, greedy(6, presence_penalty=1.5, logprobs=2)))
+    outputs = engine.step() + engine.step()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch.Tensor, "topk", failing)
+        engine.step()
+    outputs += drain(engine)
+    for i, tokens in enumerate(expected):
+        assert [output.token_id for output in outputs if output.request_id == str(i)] == tokens
+
+
+def failing(*_, **__):
+    raise MemoryError
+
+
 @pytest.mark.parametrize("tokens", [[], [5] * 513, [999]])
 def test_logits_of_unusable_sequences(tiny_llama, tokens):
     with pytest.raises(UsageError):
@@ -169,6 +225,9 @@ def test_logits_of_unusable_sequences(tiny_llama, tokens):
         {"min_p": 2},
         {"stop": [""]},
         {"max_tokens": 0},
+        {"stop_token_ids": [-1]},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
         {"x": 1},
     ],
 )

@@ -17,7 +17,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
 VARIANTS = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
-    "attention-bias": {"attention_bias": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
     "one-key-head": {"num_key_value_heads": 1},
     "every-head-its-key": {"num_key_value_heads": 4},
     "rope-llama3": {"rope_parameters": LLAMA3},
@@ -74,9 +74,10 @@ def test_bfloat16_stays_near_transformers(tiny_llama):
 def test_old_and_new_rope_keys_mean_the_same():
     old = {"rope_theta": 10000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     new = {"rope_parameters": LLAMA3}
-    tables = [Rotary(config, 32, 128, torch.float32) for config in (old, new, {"rope_theta": 10000.0})]
-    assert torch.equal(tables[0].cos, tables[1].cos)
-    assert not torch.equal(tables[0].cos, tables[2].cos)
+    at = torch.arange(128)
+    cosines = [Rotary(c, 32, torch.float32).at(at)[0] for c in (old, new, {"rope_theta": 10000.0})]
+    assert torch.equal(cosines[0], cosines[1])
+    assert not torch.equal(cosines[0], cosines[2])
 
 
 def test_logits_in_slices_of_the_head_are_whole(tiny_llama):

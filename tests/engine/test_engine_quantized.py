@@ -127,3 +127,12 @@ def test_fp8_cache_rounds_as_e4m3_with_its_scale_and_saturates():
     scaled = KVFormat("fp8", torch.float32, 1, torch.tensor([[1.0, 1.0], [0.5, 4.0]]))
     kept = scaled.decode(1, scaled.encode(1, values))
     assert kept[0, :, 1].tolist() == [-448.0 * 0.5, -256.0 * 4]  # largest; 250 is nearest to 256
+
+
+def test_fp8_cache_keeps_its_scales_in_float32():
+    scale = 0.0173  # no bfloat16
+    form = KVFormat("fp8", torch.bfloat16, 1, torch.tensor([[scale, scale]]))
+    codes = torch.arange(0, 127, dtype=torch.uint8).repeat(2, 1).unsqueeze(0)
+    exact = codes.view(torch.float8_e4m3fn).float() * torch.tensor(scale)
+    assert torch.equal(form.decode(0, codes), exact.bfloat16())
+    assert torch.equal(form.encode(0, form.decode(0, codes)), codes)

@@ -154,6 +154,23 @@ def test_logprobs_asked_by_some_rows_only():
     assert two.top_logprobs is not None and len(two.top_logprobs) == 2
 
 
+def test_more_logprobs_than_the_vocabulary_are_all_of_it():
+    choice = choose(LOGITS[None], [state(temperature=0, logprobs=100)])[0]
+    assert choice.top_logprobs is not None and len(choice.top_logprobs) == VOCABULARY
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_the_outermost_seeds_work(seed):
+    assert choose(LOGITS[None], [state(seed=seed)]) == choose(LOGITS[None], [state(seed=seed)])
+
+
+def test_stop_tokens_that_the_vocabulary_has_not_are_no_matter():
+    wants_end = LOGITS.clone()
+    wants_end[0] += 20
+    early = state(min_tokens=1, stop_token_ids=[2**70, VOCABULARY], temperature=0)
+    assert choose(wants_end[None], [early])[0].token_id != 0
+
+
 def test_bfloat16_logits_are_taken():
     assert choose(LOGITS.bfloat16()[None], [state(temperature=0)])[0].token_id == int(LOGITS.argmax())
 

@@ -127,16 +127,16 @@ class Engine:
             return []
         token_ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
         hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
-        self._counters.steps += 1
-        for chunk in chunks:
-            self.scheduler.computed(chunk)
         ends = np.cumsum([chunk.count for chunk in chunks]) - 1
         rows = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.yields_token]
-        if not rows:
-            return []
-        logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
         sequences = [chunk.sequence for chunk in chunks if chunk.yields_token]
-        choices = choose(logits, [sequence.sampling for sequence in sequences])
+        choices = []
+        if rows:
+            logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+            choices = choose(logits, [sequence.sampling for sequence in sequences])
+        self._counters.steps += 1  # nothing has advanced before here, so a step that raised can be repeated
+        for chunk in chunks:
+            self.scheduler.computed(chunk)
         outputs = [sequence.accept(choice) for sequence, choice in zip(sequences, choices, strict=True)]
         self._counters.generated_tokens += len(outputs)
         self._retire([s for s, o in zip(sequences, outputs, strict=True) if o.finish_reason])
@@ -147,13 +147,18 @@ class Engine:
     ) -> list[Completion]:
         """Continue all prompts to their ends; text gets the model's special tokens, as in its training.
 
-        ``sampling`` is one for all, or one for each. Raises UsageError as ``add`` does, or when other
-        requests are unfinished, whose outputs would be lost.
+        ``sampling`` is one for all, or one for each. Raises UsageError as ``add`` does, when there are more
+        or fewer of them than prompts, or when other requests are unfinished, whose outputs would be lost.
         """
         if self.has_work:
             raise UsageError("generate needs an idle engine: finish or abort the other requests first.")
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise UsageError(
+                f"generate got {len(prompts)} prompts but {len(sampling)} SamplingParams; give one for all, "
+                "or one for each."
+            )
         ids = [
             p if isinstance(p, list) else self.tokenizer.encode(p, add_special_tokens=True) for p in prompts
         ]

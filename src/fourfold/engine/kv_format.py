@@ -14,7 +14,10 @@ FP8_LARGEST = 448.0
 
 
 class KVFormat:
-    """``fp8`` or, with name None, the model's ``dtype`` unchanged. ``scales`` [layers, 2]: keys', values'."""
+    """``fp8`` or, with name None, the model's ``dtype`` unchanged.
+
+    ``scales`` [layers, 2], keys' and values', are kept and applied in float32.
+    """
 
     def __init__(self, name: str | None, dtype: torch.dtype, kv_heads: int, scales: Tensor | None = None):
         if name not in (None, "fp8"):
@@ -26,7 +29,7 @@ class KVFormat:
         self.stored_dtype = dtype if name is None else torch.uint8
         self._scales = None
         if scales is not None:
-            self._scales = scales.to(dtype).repeat_interleave(kv_heads, 1).unsqueeze(-1)
+            self._scales = scales.float().repeat_interleave(kv_heads, 1).unsqueeze(-1)
 
     def encode(self, layer: int, kv: Tensor) -> Tensor:
         """kv [..., 2 * kv_heads, D] of the model's dtype -> the same shape as stored."""

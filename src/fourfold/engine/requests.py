@@ -5,7 +5,7 @@ unknown keys and values out of range, so that the server can hand a body's field
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -67,10 +67,13 @@ class SamplingParams(Record):
         default=1.0, gt=0.0, description="of prompt and output tokens; above 1 damps"
     )
     seed: int | None = Field(
-        default=None, description="equal seeds give equal tokens, whatever runs beside them"
+        default=None,
+        ge=-(2**63),
+        lt=2**64,
+        description="equal seeds give equal tokens, whatever runs beside them",
     )
     stop: list[str] = Field(default=[], description="end before any of these texts, which are not emitted")
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
     ignore_eos: bool = False
     logprobs: int | None = Field(
         default=None,

@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864) and the ways configs stretch it.
 
 Channel pairs (i, i + D/2) turn by position * theta^(-2i/D). ``linear`` divides all frequencies by a factor;
-``llama3`` (Llama 3.1) divides the low ones, keeps the high ones and blends between. The table of all
-positions is made once: 2 * max_positions * D values in the model's dtype.
+``llama3`` (Llama 3.1) divides the low ones, keeps the high ones and blends between. A step's angles are
+computed from its positions, once for all layers, so that a context of any length costs no table.
 """
 
 import math
@@ -16,17 +16,16 @@ from fourfold.core.errors import FourfoldError
 
 
 class Rotary:
-    """Tables of cos and signed sin, [max_positions, D]."""
+    """The angles of positions: float32 speeds [D/2], answers in ``dtype``."""
 
-    def __init__(self, config: dict[str, Any], head_dim: int, max_positions: int, dtype: torch.dtype):
-        angles = torch.outer(torch.arange(max_positions).float(), frequencies(config, head_dim))
-        cos, sin = angles.cos(), angles.sin()
-        self.cos = torch.cat([cos, cos], -1).to(dtype)
-        self.sin = torch.cat([-sin, sin], -1).to(dtype)
+    def __init__(self, config: dict[str, Any], head_dim: int, dtype: torch.dtype):
+        self.speeds, self.dtype = frequencies(config, head_dim), dtype
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin [T, 1, D] for ``positions`` [T]: computed once a step, used by every layer."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        angles = torch.outer(positions.float(), self.speeds).unsqueeze(1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(self.dtype), torch.cat([-sin, sin], -1).to(self.dtype)
 
 
 def rotate_(heads: Tensor, angles: tuple[Tensor, Tensor]) -> None:

@@ -31,8 +31,9 @@ class SamplingState:
 
     def __init__(self, params: SamplingParams, prompt: list[int], vocabulary: int, eos: set[int]):
         self.params = params
-        self.banned_early = torch.tensor(sorted(eos | set(params.stop_token_ids)), dtype=torch.long)
-        self.banned_early = self.banned_early[self.banned_early < vocabulary]
+        # as in vLLM, ignore_eos does not lift the ban: what asks for more tokens wants text, not ends
+        ends = sorted(t for t in eos | set(params.stop_token_ids) if 0 <= t < vocabulary)
+        self.banned_early = torch.tensor(ends, dtype=torch.long)
         self.generated = 0
         self.generator: torch.Generator | None = None
         if params.temperature >= GREEDY_BELOW:
@@ -71,7 +72,10 @@ class SamplingState:
 
 
 def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[Choice]:
-    """One token for each row of ``logits`` [B, V] (any float dtype), advancing ``states`` [B]."""
+    """One token for each row of ``logits`` [B, V] (any float dtype), advancing ``states`` [B].
+
+    Counts advance last, for all rows or, when anything raises, for none.
+    """
     logits = logits.float()
     asked = [i for i, state in enumerate(states) if state.params.logprobs is not None]
     raw = logits[asked].log_softmax(-1) if asked else None
@@ -86,10 +90,10 @@ def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[Choice]:
         rows = logits if len(drawn) == len(states) else logits[drawn]
         tokens[drawn] = draw(rows, [states[i] for i in drawn])
     choices = [Choice(token) for token in tokens.tolist()]
-    for choice, state in zip(choices, states, strict=True):
-        state.chose(choice.token_id)
     if raw is not None:
         add_logprobs([choices[i] for i in asked], [states[i] for i in asked], raw)
+    for choice, state in zip(choices, states, strict=True):
+        state.chose(choice.token_id)
     return choices
 
 
@@ -136,7 +140,7 @@ def keep_min_p(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tens
 
 def add_logprobs(choices: list[Choice], states: list[SamplingState], raw: torch.Tensor) -> None:
     """Fill in the chosen token's and the likeliest tokens' entries of ``raw`` [B, V]."""
-    most = max(state.params.logprobs or 0 for state in states)
+    most = min(max(state.params.logprobs or 0 for state in states), raw.shape[-1])
     values, indices = (part.tolist() for part in raw.topk(most, -1))
     for row, (choice, state) in enumerate(zip(choices, states, strict=True)):
         asked = state.params.logprobs or 0

@@ -8,6 +8,8 @@ from fourfold.core.errors import FourfoldError
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
 from fourfold.formats import BlockTensor
 
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class Weights:
     """A checkpoint seen as layers of one dtype. Kept weights are cast to ``dtype`` (never quantized ones)."""
@@ -21,7 +23,7 @@ class Weights:
         return name in self._names and self.checkpoint.info(name).format is not None
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
-        """A parameter as held. Raises FourfoldError when it is missing or not of ``shape``."""
+        """A parameter as held. Raises FourfoldError when missing, not of ``shape`` or not a plain float."""
         if name not in self._names:
             raise FourfoldError(
                 f"{self.checkpoint.source} has no tensor '{name}', which its config's architecture needs. "
@@ -33,7 +35,15 @@ class Weights:
                 f"Tensor '{name}' of {self.checkpoint.source} has shape {list(value.shape)}, but "
                 f"its config.json says {list(shape)}. The config is of another model, or one is damaged."
             )
-        return value if isinstance(value, BlockTensor) else value.to(self.dtype)
+        if isinstance(value, BlockTensor):
+            return value
+        if value.dtype not in PLAIN_DTYPES:
+            raise FourfoldError(
+                f"Tensor '{name}' of {self.checkpoint.source} is {str(value.dtype).removeprefix('torch.')}, "
+                "which means nothing without scales that its config.json does not describe; the engine takes "
+                "bfloat16, float16, float32 and float64. Use the original model, or restore its config.json."
+            )
+        return value.to(self.dtype)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter as a plain tensor of the engine's dtype, dequantized if it is held in blocks."""
