@@ -63,6 +63,6 @@ def quantize_folder(
         source=str(source),
         notes=checkpoint.notes,
         generation_config=checkpoint.generation_config,
-        write_tokenizer=checkpoint.write_tokenizer if checkpoint.tokenizer_files() else None,
+        write_tokenizer=checkpoint.write_tokenizer if checkpoint.has_tokenizer() else None,
     )
     return out

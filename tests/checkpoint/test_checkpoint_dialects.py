@@ -10,14 +10,15 @@ import torch
 from checkpoint_helpers import projections, quantize_folder
 from safetensors.torch import load_file, save_file
 
-from fourfold.checkpoint import dialect_names, open_checkpoint
+from fourfold.checkpoint import TensorInfo, dialect_names, open_checkpoint
+from fourfold.checkpoint.dialect import get_dialect, kept_linears
 from fourfold.checkpoint.dialects.compressed_tensors import ACTIVATIONS as CT_ACTIVATIONS
 from fourfold.checkpoint.dialects.compressed_tensors import STORAGE
 from fourfold.checkpoint.dialects.quark import ACTIVATIONS as QUARK_ACTIVATIONS
 from fourfold.checkpoint.dialects.quark import WEIGHTS
 from fourfold.checkpoint.verify import verify
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.quantization import LayerScheme
+from fourfold.core.quantization import LayerScheme, Quantization
 from fourfold.formats import BlockTensor, format_names, get_format
 
 WRITABLE = [("compressed-tensors", form) for form in STORAGE] + [("quark", form) for form in WEIGHTS]
@@ -258,10 +259,72 @@ def test_tensors_that_do_not_fit_are_refused(damaged, change, expected):
             "regular",
         ),
         (lambda s: s | {"kv_cache_scheme": {"num_bits": 3}}, "KV cache"),
+        (
+            lambda s: s | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "transforms its",
+        ),
+        (lambda s: s | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "leaves out zeros"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(damaged, change, expected):
     assert expected in damaged(settings=change)
+
+
+def test_a_transform_or_sparsity_that_does_nothing_is_read(tiny_llama, tmp_path):
+    folder = quantize_folder(tiny_llama, tmp_path / "out", "compressed-tensors", projections())
+    config = json.loads((folder / "config.json").read_text())
+    nothing = {"transform_config": {"config_groups": {}}, "sparsity_config": {"format": "dense"}}
+    config["quantization_config"] |= nothing
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(open_checkpoint(folder).quantization.layers) == 14
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "read"),
+    [
+        ({"name": "rotation", "r1": True, "online_r1_rotation": True, "r4": False}, False),
+        ({"name": "rotation", "r1": True, "online_r1_rotation": False, "r4": True}, False),
+        ({"name": "rotation", "r1": True, "online_r1_rotation": None, "r4": False}, True),
+        ({"name": "awq"}, True),
+    ],
+)
+def test_quarks_rotations_of_activations_are_refused(tiny_llama, tmp_path, algorithm, read):
+    folder = quantize_folder(tiny_llama, tmp_path / "out", "quark", projections())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["algo_config"] = [algorithm]
+    (folder / "config.json").write_text(json.dumps(config))
+    if read:
+        assert len(open_checkpoint(folder).quantization.layers) == 14
+        return
+    with pytest.raises(FourfoldError, match=r"rotates activations while it runs \(algo_config"):
+        open_checkpoint(folder)
+
+
+def test_fused_experts_that_are_kept_are_listed_for_their_readers():
+    layers = "model.layers.{}.mlp"
+    infos = [
+        *(
+            TensorInfo(f"{layers}.experts.gate_up_proj".format(i), (4, 64, 64), torch.bfloat16, None, 0)
+            for i in (0, 1)
+        ),
+        TensorInfo(layers.format(1) + ".experts.0.down_proj.weight", (64, 32), None, "mxfp4", 0),
+        TensorInfo(layers.format(2) + ".conv1d.weight", (4, 1, 4), torch.bfloat16, None, 0),
+    ]
+    kept = kept_linears(infos)
+    # those of layer 1 are cut apart in part, and a convolution is no expert
+    assert kept == ["lm_head", "model.layers.0.mlp.experts"]
+    quantization = Quantization(
+        layers={"model.layers.1.mlp.experts.0.down_proj": LayerScheme(weight="mxfp4")}
+    )
+    settings = get_dialect("compressed-tensors").quantization_config(quantization, kept)
+    assert settings is not None
+    expression = r"re:.*model\.layers\.0\.mlp\.experts\..*"
+    assert settings["ignore"] == ["lm_head", "model.layers.0.mlp.experts", expression]
+    says_kept = get_dialect("compressed-tensors").says_kept
+    assert says_kept(settings, "model.layers.0.mlp.experts.3.gate_proj")
+    assert not says_kept(settings, "model.layers.1.mlp.experts.3.gate_proj")
+    settings = get_dialect("quark").quantization_config(quantization, kept)
+    assert settings is not None and settings["exclude"] == kept
 
 
 JUNK = [None, 7, -1, 2.5, True, "", "re:(", "Linear", [], [1], ["Linear"], {}, {"a": 1}, {"weight": 3}]

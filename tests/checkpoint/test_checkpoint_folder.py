@@ -191,6 +191,38 @@ def test_neither_path_nor_hub_name(tmp_path):
         open_checkpoint(tmp_path / "x.bin")
 
 
+@pytest.fixture
+def cached_hub_model(monkeypatch, tmp_path, sharded) -> Path:
+    """A snapshot of two shards in a hub cache, on a machine without a network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository, commit = tmp_path / "cache" / "models--owner--model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return Path(shutil.copytree(sharded, repository / "snapshots" / commit))
+
+
+def test_a_whole_snapshot_in_the_cache_is_taken(cached_hub_model, sharded):
+    opened = open_checkpoint("owner/model")
+    assert opened.names() == open_checkpoint(sharded).names() and opened.folder is not None
+    (cached_hub_model / "tokenizer.json").unlink()
+    assert open_checkpoint("owner/model").names() == opened.names()
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [["model-00002-of-00002.safetensors"], ["model-00002-of-00002.safetensors", INDEX], ["config.json"]],
+)
+def test_half_a_snapshot_in_the_cache_is_not_taken_for_whole(cached_hub_model, missing):
+    for name in missing:
+        (cached_hub_model / name).unlink()
+    # it asks the hub for the rest, and there is no network
+    assert "the hub could not deliver it" in refused(Path("owner/model"))
+
+
 def test_a_hub_model_that_cannot_be_had_says_so(monkeypatch, tmp_path):
     # the endpoint is this machine with no server, so the real client fails at once and without the network
     import huggingface_hub.constants

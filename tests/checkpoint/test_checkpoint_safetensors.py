@@ -107,6 +107,7 @@ BROKEN = {
     "offsets of three": (raw({"a": entry(0, 2) | {"data_offsets": [0, 1, 2]}}, b"x" * 2), "data_offsets"),
     "key missing": (raw({"a": {"dtype": "U8", "shape": [1]}}, b"x"), "lacks exactly the keys"),
     "key too many": (raw({"a": entry(0, 1) | {"more": 1}}, b"x"), "lacks exactly the keys"),
+    "half a character": (raw(b'{"a\\ud800b":' + json.dumps(entry(0, 1)).encode() + b"}", b"x"), "surrogates"),
     "metadata no texts": (raw({"__metadata__": {"a": 1}}), "not a map of texts"),
 }
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.convert import convert
+from fourfold.checkpoint.fingerprint import source_fingerprint
 from fourfold.checkpoint.verify import verify
 from fourfold.core.errors import UsageError
 
@@ -106,6 +107,19 @@ def test_a_kept_layer_that_the_configuration_forgets_is_found(tiny_llama, tmp_pa
     assert "lm_head is stored unquantized" in problem(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_kept_weight_of_a_wrong_dtype_is_found(copy, dtype):
+    name = "lm_head.weight"
+    change_tensors(copy, lambda tensors: tensors | {name: tensors[name].to(dtype)})
+    found = problem(copy)
+    assert name in found and str(dtype).removeprefix("torch.") in found and "without scales" in found
+
+
+def test_integers_that_are_no_weights_are_not_complained_of(copy):
+    change_tensors(copy, lambda tensors: tensors | {"model.position_ids": torch.arange(8)})
+    assert verify(copy).passed
+
+
 def test_damage_that_stops_reading_is_a_problem_too(copy):
     (copy / "config.json").write_text("{")
     problems = verify(copy).problems
@@ -145,6 +159,48 @@ def test_notes_recipe_and_calibrated_scales_come_along(tiny_llama, tmp_path):
     assert converted.card().notes == ["A note."] and converted.manifest is not None
     assert converted.manifest.recipe == {"name": "mxfp4"}
     assert converted.kv_scales["model.layers.0.self_attn.v_proj"] == 0.375
+
+
+def test_an_fp8_kv_cache_alone_can_be_converted(tiny_llama, tmp_path):
+    first = quantize_folder(
+        tiny_llama, tmp_path / "first", "compressed-tensors", lambda _: None, kv_cache="fp8"
+    )
+    convert(first, tmp_path / "again", "compressed-tensors")
+    again = open_checkpoint(tmp_path / "again")
+    assert again.quantization.kv_cache == "fp8" and again.manifest is not None
+    assert again.manifest.dialect == again.dialect == "compressed-tensors"
+    with pytest.raises(UsageError, match="quark cannot store an FP8 KV cache"):
+        convert(first, tmp_path / "quark", "quark")
+
+
+def test_the_manifest_of_what_is_not_quantized_says_plain(tiny_llama, tmp_path):
+    folder = quantize_folder(tiny_llama, tmp_path / "out", "compressed-tensors", lambda _: None)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.manifest is not None and checkpoint.manifest.dialect == checkpoint.dialect == "plain"
+
+
+def test_the_card_says_that_weights_are_without_a_tokenizer(tiny_llama, tmp_path):
+    source = quantize_folder(tiny_llama, tmp_path / "ct", "compressed-tensors", projections())
+    for file in source.glob("tokenizer*"):
+        file.rename(tmp_path / file.name)
+    convert(source, tmp_path / "without", "quark")
+    (note,) = open_checkpoint(tmp_path / "without").card().notes
+    assert "without a tokenizer" in note
+    convert(tmp_path / "without", tmp_path / "still", "compressed-tensors")
+    assert open_checkpoint(tmp_path / "still").card().notes == [note]
+    for file in tmp_path.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "without")
+    convert(tmp_path / "without", tmp_path / "with", "compressed-tensors")
+    assert open_checkpoint(tmp_path / "with").card().notes == []
+
+
+def test_a_source_is_known_again_in_another_place_and_not_with_other_weights(tiny_llama, tmp_path):
+    moved = Path(shutil.copytree(tiny_llama, tmp_path / "moved"))
+    known = source_fingerprint(open_checkpoint(tiny_llama))
+    assert source_fingerprint(open_checkpoint(moved)) == known
+    tensors = load_file(moved / "model.safetensors")
+    save_file({n: t + 1 for n, t in tensors.items()}, moved / "model.safetensors", metadata={"format": "pt"})
+    assert source_fingerprint(open_checkpoint(moved)) != known
 
 
 def test_what_cannot_be_converted_is_refused_before_writing(tiny_llama, tmp_path):

@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_work_that_can_be_resumed(whole, tiny_llama, tmp_path
 
 @contextmanager
 def files_of_at_most(nbytes: int):
-    """A limit on the size of files fails as a full disk does, in the same calls, without a disk of its own."""
+    """A limit on the size of files fails as a full disk does, in the same calls."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:
@@ -195,7 +195,7 @@ def test_every_file_is_synced_before_the_folder_gets_its_name(tiny_llama, tmp_pa
     def fsync(handle: int) -> None:
         # while OUT is not there, what is synced is in OUT.partial
         if not (tmp_path / "model").exists():
-            synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".tmp"))
+            synced.add(Path(f"/proc/self/fd/{handle}").readlink().name.removesuffix(".tmp"))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)

@@ -135,7 +135,7 @@ def test_an_output_below_a_file(fourfold, tiny_llama, tmp_path):
 def test_a_disk_that_fails_outside_every_room_is_one_paragraph():
     """The last net: nothing in the command expects that its own output cannot be written."""
     code = "import sys; from fourfold.cli.main import main; sys.argv = ['fourfold', '--version']; main()"
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-u", "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
         )

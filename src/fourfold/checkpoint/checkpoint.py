@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fourfold.checkpoint.card import make_card
-from fourfold.checkpoint.folder import tokenizer_files
+from fourfold.checkpoint.folder import VOCABULARIES, has_tokenizer, tokenizer_files
 from fourfold.checkpoint.tensors import TensorInfo, TensorSource
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import Manifest
@@ -74,6 +74,10 @@ class Checkpoint:
             return self.source
         return path.resolve().name.removesuffix(".gguf")
 
+    def has_tokenizer(self) -> bool:
+        """Whether ``write_tokenizer`` has something to write."""
+        return self.folder is not None and has_tokenizer(self.folder)
+
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files on disk; empty when the tokenizer is inside a GGUF or missing."""
         return tokenizer_files(self.folder) if self.folder else []
@@ -83,10 +87,14 @@ class Checkpoint:
 
         Raises FourfoldError when there is none.
         """
-        files = self.tokenizer_files()
-        if not files:
-            raise FourfoldError(
-                f"{self.source} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json). "
-                "Copy the tokenizer's files from the model's origin into the folder."
-            )
-        return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
+        if not self.has_tokenizer():
+            raise no_tokenizer(self.source)
+        return [Path(shutil.copyfile(file, folder / file.name)) for file in self.tokenizer_files()]
+
+
+def no_tokenizer(source: str) -> FourfoldError:
+    """The error for a model without a tokenizer where one is needed."""
+    return FourfoldError(
+        f"{source} holds no tokenizer (none of {', '.join(VOCABULARIES)}), and a model without one cannot be "
+        "used. Copy the tokenizer's files from the model's origin into that folder."
+    )

@@ -1,15 +1,16 @@
 """From one dialect to another: names and configuration change, numbers do not; streamed, resumable."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from fourfold.checkpoint.checkpoint import Checkpoint
+from fourfold.checkpoint.fingerprint import source_fingerprint
 from fourfold.checkpoint.sources import open_checkpoint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_existing
 from fourfold.core.errors import UsageError
 from fourfold.core.manifest import Manifest
+
+NO_TOKENIZER = "This folder was written without a tokenizer, because its source had none."
 
 
 def convert(
@@ -29,7 +30,8 @@ def convert(
     """
     refuse_existing(out)
     checkpoint = open_checkpoint(source)
-    if not checkpoint.quantization.layers and dialect != "plain":
+    scheme = checkpoint.quantization
+    if not scheme.layers and scheme.kv_cache is None and dialect != "plain":
         raise UsageError(
             f"{source} holds nothing quantized, so there is nothing to convert to {dialect}. "
             "Use `fourfold quantize` first."
@@ -38,7 +40,7 @@ def convert(
         out,
         dialect,
         checkpoint.config,
-        checkpoint.quantization,
+        scheme,
         [checkpoint.info(name) for name in checkpoint.names()],
         fingerprint={"source": source_fingerprint(checkpoint)},
         resume=resume,
@@ -50,9 +52,9 @@ def convert(
     return writer.finish(
         source=str(source),
         recipe=manifest.recipe if manifest else None,
-        notes=checkpoint.notes,
+        notes=notes_of(checkpoint),
         generation_config=checkpoint.generation_config,
-        write_tokenizer=checkpoint.write_tokenizer if has_tokenizer(checkpoint) else None,
+        write_tokenizer=checkpoint.write_tokenizer if checkpoint.has_tokenizer() else None,
     )
 
 
@@ -68,16 +70,7 @@ def copy_shards(
                     progress(info.name, info.nbytes)
 
 
-def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether there is a tokenizer to carry over; weights alone may be converted without one."""
-    return checkpoint.dialect == "gguf" or bool(checkpoint.tokenizer_files())
-
-
-def source_fingerprint(checkpoint: Checkpoint) -> str:
-    """Changes when the source does: from names, sizes and times of its weights, and its configuration."""
-    base = checkpoint.folder or Path(checkpoint.source).parent
-    shards = sorted({checkpoint.info(name).shard for name in checkpoint.names()})
-    stats = [(shard, (base / shard).stat()) for shard in shards]
-    files = [(shard, stat.st_size, stat.st_mtime_ns) for shard, stat in stats]
-    text = json.dumps([str(base.resolve()), files, checkpoint.config], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def notes_of(checkpoint: Checkpoint) -> list[str]:
+    """The source's notes; weights alone may be converted, and the card then says that they are alone."""
+    notes = [note for note in checkpoint.notes if note != NO_TOKENIZER]
+    return notes if checkpoint.has_tokenizer() else [*notes, NO_TOKENIZER]

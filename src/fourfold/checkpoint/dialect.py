@@ -14,12 +14,14 @@ import torch
 
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor
 from fourfold.checkpoint.tensors import TensorInfo
+from fourfold.core.errors import UsageError
 from fourfold.core.quantization import Quantization
 from fourfold.core.registry import Registry
 from fourfold.formats import BlockTensor
 
-EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)\.weight$")
+EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|relative_attention_bias)\.weight$")
 OUTPUT_HEAD = "lm_head"
+EXPERTS = ".experts"
 VALUE = "value"  # the only part of a tensor that is held as it is
 
 DIALECTS = Registry("fourfold.checkpoint.dialects", "DIALECT", "dialect")
@@ -107,6 +109,19 @@ def get_dialect(name: str) -> Dialect:
     return DIALECTS.get(name)
 
 
+def get_writable(name: str) -> Dialect:
+    """The dialect ``name``. Raises UsageError when there is none, or it cannot be written."""
+    dialect = get_dialect(name)
+    if not dialect.writable:
+        raise read_only(name)
+    return dialect
+
+
+def read_only(name: str) -> UsageError:
+    """The error for writing in a dialect that is only read."""
+    return UsageError(f"The dialect {name} is read only. Write compressed-tensors or quark.")
+
+
 def plain_entry(stored: StoredTensor) -> Entry:
     """A tensor held as it is."""
     info = TensorInfo(stored.name, stored.shape, stored.dtype, None, stored.nbytes, stored.path.name)
@@ -114,9 +129,11 @@ def plain_entry(stored: StoredTensor) -> Entry:
 
 
 def kept_linears(infos: Iterable[TensorInfo]) -> list[str]:
-    """Modules with a plain 2-D weight that is no embedding: what an ecosystem must be told to leave.
+    """Modules with a plain 2-D weight that is no embedding, and plain fused experts: what to tell to leave.
 
-    A tied lm_head has no tensor of its own, but is a module all the same, so it is always considered.
+    A tied lm_head has no tensor of its own, but is a module all the same, so it is always considered. Fused
+    experts (3-D, ``….experts.gate_up_proj``) are one module, ``….experts``, unless some of them are cut apart
+    and quantized.
     """
     infos = list(infos)
     quantized = {module_of(info.name) for info in infos if info.format is not None}
@@ -128,7 +145,13 @@ def kept_linears(infos: Iterable[TensorInfo]) -> list[str]:
         and info.name.endswith(".weight")
         and not EMBEDDING.search(info.name)
     }
-    return sorted((kept | {OUTPUT_HEAD}) - quantized)
+    fused = {
+        info.name.rpartition(EXPERTS + ".")[0] + EXPERTS
+        for info in infos
+        if info.format is None and len(info.shape) == 3 and f"{EXPERTS}." in info.name
+    }
+    fused -= {module.rpartition(EXPERTS + ".")[0] + EXPERTS for module in quantized}
+    return sorted((kept | fused | {OUTPUT_HEAD}) - quantized)
 
 
 def module_of(name: str) -> str:

@@ -10,18 +10,24 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = (
+# any of these is a tokenizer; the others only belong to one
+VOCABULARIES = (
     "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tiktoken.model",
+)
+TOKENIZER_FILES = (
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "vocab.json",
     "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
 )
 
 
@@ -53,7 +59,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 def read_shards(folder: Path) -> dict[str, StoredTensor]:
     """Every stored tensor of ``folder`` in file order. Raises FourfoldError for the first defect."""
     index = folder / INDEX
-    weight_map = _weight_map(index) if index.is_file() else None
+    weight_map = weight_map_of(index) if index.is_file() else None
     files = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(folder)]
     tensors: dict[str, StoredTensor] = {}
     for name in files:
@@ -78,7 +84,13 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether ``folder`` holds a file that a tokenizer can be made from."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensor name -> file of its folder. Raises FourfoldError for anything else."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise broken(index, "its weight_map is not a map from tensor names to files")

@@ -16,6 +16,7 @@ from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import Quantization
 
+PLAIN = "plain"
 KV_FORMATS = (None, "fp8")
 CACHED_PROJECTIONS = (".k_proj.weight", ".v_proj.weight")
 
@@ -47,6 +48,11 @@ class CheckpointPlan:
         self.config = dialect.quantization_config(quantization, kept_linears(tensors))
         self.shards = self._split(max_shard_bytes)
         self._check_names()
+
+    @property
+    def written_dialect(self) -> str:
+        """The dialect that a reader will find: where nothing is quantized, each writes a plain folder."""
+        return self.dialect.name if self.config is not None else PLAIN
 
     def planned(self, info: TensorInfo) -> list[PlannedTensor]:
         """The stored tensors of ``info``, its KV scale included."""

@@ -21,6 +21,8 @@ from fourfold.formats import BlockTensor, get_format
 
 E8M0_NAN = 0xFF
 E4M3_NAN = 0x7F
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+COMPUTED_WITH = (".weight", ".bias", "_proj", "_proj_bias")
 
 
 class VerifyReport(Record):
@@ -50,6 +52,7 @@ def verify(folder: Path) -> VerifyReport:
         problems += _hash_problems(folder, manifest) if manifest else []
         checkpoint = open_folder(folder)
         problems += _shape_problems(checkpoint)
+        problems += _dtype_problems(checkpoint)
         problems += _config_problems(folder, checkpoint)
         problems += _tensor_problems(checkpoint)
     except FourfoldError as error:
@@ -95,6 +98,18 @@ def _shape_problems(checkpoint: Checkpoint) -> Iterator[str]:
         for index in range(layers):
             if present and str(index) not in present:
                 yield f"Layer {index} of the {layers} that {CONFIG} asks for has no tensors."
+
+
+def _dtype_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Parameters whose values mean nothing without scales; integer buffers of other names are left alone."""
+    for info in map(checkpoint.info, checkpoint.names()):
+        if info.dtype is None or info.dtype in PLAIN_DTYPES:
+            continue
+        if info.name.endswith(COMPUTED_WITH) or info.dtype.is_floating_point:
+            yield (
+                f"{info.name} is stored as {str(info.dtype).removeprefix('torch.')} without scales, which no "
+                "reader can compute with. Fetch the file again, or start from the unquantized model."
+            )
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:

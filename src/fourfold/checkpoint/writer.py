@@ -17,7 +17,7 @@ import torch
 
 from fourfold import __version__
 from fourfold.checkpoint.card import make_card
-from fourfold.checkpoint.dialect import Dialect, get_dialect
+from fourfold.checkpoint.dialect import get_writable
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
 from fourfold.checkpoint.journal import Journal
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
@@ -80,7 +80,7 @@ class CheckpointWriter:
         self.out, self.work = out, partial_folder(out)
         self.config, self.quantization = config, quantization
         self.plan = CheckpointPlan(
-            _writable(dialect), quantization, tensors, max_shard_bytes, kv_scales or {}
+            get_writable(dialect), quantization, tensors, max_shard_bytes, kv_scales or {}
         )
         self.fingerprint = fingerprint | {
             "dialect": dialect,
@@ -190,7 +190,7 @@ class CheckpointWriter:
         manifest = Manifest(
             fourfold_version=__version__,
             source=source,
-            dialect=self.plan.dialect.name,
+            dialect=self.plan.written_dialect,
             recipe=recipe,
             fingerprint=self.fingerprint,
             card=card,
@@ -216,13 +216,6 @@ def refuse_existing(out: Path) -> None:
 def to_json(value: object) -> str:
     """JSON as it is put on disk: indented, sorted, so that equal content means equal bytes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _writable(name: str) -> Dialect:
-    dialect = get_dialect(name)
-    if not dialect.writable:
-        raise UsageError(f"The dialect {name} is read only. Write compressed-tensors or quark.")
-    return dialect
 
 
 def _check_value(info: TensorInfo, value: torch.Tensor | BlockTensor) -> None:

@@ -1,12 +1,11 @@
 """Quantization from file to file: open, decide, and stream every tensor through the passes to its shard."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
+from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, run_passes
@@ -16,7 +15,6 @@ from fourfold.compress.stream import stream
 from fourfold.core.manifest import Manifest
 
 DEFAULT_DIALECT = "compressed-tensors"
-SAMPLE_BYTES = 65536
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done_bytes, total_bytes, name)`` after each tensor; bytes are those of the output."""
@@ -78,34 +76,9 @@ def write_shards(writer: CheckpointWriter, model: Model, progress: Progress | No
 
 
 def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
-    """What the numbers of an output depend on; the writer adds the dialect and the layout.
-
-    The source counts by every tensor's name, dtype and shape, the sizes of its files, and 64 KiB from the
-    middle of each file. That takes milliseconds where hashing all bytes takes minutes, and tells apart two
-    models of one architecture; it does not notice a single weight changed by hand between a kill and its
-    ``--resume``.
-    """
-    infos = map(checkpoint.info, checkpoint.names())
-    tensors = [[i.name, i.shape, str(i.dtype), i.format, i.shard] for i in infos]
+    """What the numbers of an output depend on; the writer adds the dialect and the layout."""
     return {
-        "source": _short_hash([checkpoint.config, tensors, _file_samples(checkpoint)]),
-        "recipe": _short_hash(recipe.model_dump()),
+        "source": source_fingerprint(checkpoint),
+        "recipe": short_hash(recipe.model_dump()),
         "fourfold_version": __version__,
     }
-
-
-def _file_samples(checkpoint: Checkpoint) -> list[list[object]]:
-    shards = {checkpoint.info(name).shard for name in checkpoint.names()}
-    source = Path(checkpoint.source)
-    files = [source] if checkpoint.folder is None else [checkpoint.folder / shard for shard in sorted(shards)]
-    samples: list[list[object]] = []
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - SAMPLE_BYTES) // 2)
-            samples.append([path.name, size, hashlib.sha256(file.read(SAMPLE_BYTES)).hexdigest()])
-    return samples
-
-
-def _short_hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

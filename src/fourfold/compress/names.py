@@ -10,12 +10,11 @@ decision.
 import re
 from typing import Any
 
-from fourfold.checkpoint.dialect import module_of
+from fourfold.checkpoint.dialect import EMBEDDING, module_of
 from fourfold.compress.recipe import Recipe, first_match
 from fourfold.core.errors import FourfoldError
 
 LAYER = re.compile(r"(^|\.)(layers|layer|h|blocks|block)\.\d+\.")
-EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^relative_attention_bias$")
 NORM = re.compile(r"norm\d?$|^ln_\w+$")
 TOWER = re.compile(r"(^|_)(vision|visual|audio|image|speech)(_|$)|^vit$")
 CONVOLUTION = re.compile(r"conv")
@@ -47,7 +46,7 @@ def not_linear(name: str, shape: tuple[int, ...]) -> str | None:
         return "1-D"
     if len(shape) != 2:
         return "convolution" if CONVOLUTION.search(name) else f"{len(shape)}-D"
-    return "embedding" if EMBEDDING.search(parts[-2] if len(parts) > 1 else "") else None
+    return "embedding" if EMBEDDING.search(name) else None
 
 
 def kept_reason(name: str, recipe: Recipe) -> str | None:

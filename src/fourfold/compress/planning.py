@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from fourfold.checkpoint.card import weight_format
-from fourfold.checkpoint.dialect import get_dialect, module_of
+from fourfold.checkpoint.dialect import get_writable, module_of
 from fourfold.checkpoint.plan import CheckpointPlan
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
@@ -24,7 +24,6 @@ from fourfold.compress.pipeline import check_recipe, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import fits
-from fourfold.core.errors import UsageError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
 
@@ -75,16 +74,13 @@ def plan(
     checkpoint = open_source(source)
     resolved = resolve(checkpoint, recipe)
     model = run_passes(recipe, resolved.model)
-    target = get_dialect(dialect)
-    if not target.writable:
-        raise UsageError(f"The dialect {dialect} is read only. Write compressed-tensors or quark.")
-    layout = CheckpointPlan(target, model.quantization, model.infos(), max_shard_bytes, {})
+    layout = CheckpointPlan(get_writable(dialect), model.quantization, model.infos(), max_shard_bytes, {})
     output_bytes = sum(shard.nbytes for shard in layout.shards)
     tensors = [_tensor_plan(name, model, resolved.kept.get(name)) for name in model]
     return DryRun(
         source=str(source),
         recipe=recipe.name,
-        dialect=dialect,
+        dialect=layout.written_dialect,
         kv_cache=model.quantization.kv_cache,
         quantized=[tensor for tensor in tensors if tensor.kept_because is None],
         kept=[tensor for tensor in tensors if tensor.kept_because is not None],

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fourfold.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from fourfold.checkpoint.checkpoint import no_tokenizer
 from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.experts import parse_fused, unfuse, unknown_layout
 from fourfold.compress.model import Entry, FusedReader, Model, plain, retyped
@@ -34,11 +35,8 @@ class Resolved:
 def open_source(source: str | Path) -> Checkpoint:
     """``source`` opened. Raises FourfoldError when it lacks the tokenizer that is needed at the end."""
     checkpoint = open_checkpoint(source)
-    if checkpoint.folder is not None and not checkpoint.tokenizer_files():
-        raise FourfoldError(
-            f"{source} holds no tokenizer (tokenizer.json, tokenizer.model or vocab.json), and a model "
-            "without one cannot be used. Copy the tokenizer's files from the model's origin into that folder."
-        )
+    if not checkpoint.has_tokenizer():
+        raise no_tokenizer(str(source))
     return checkpoint
 
 

@@ -56,7 +56,7 @@ def file_failure(error: OSError, path: Path | str | None = None) -> FourfoldErro
     if error.errno in FULL:
         return FourfoldError(
             f"No room for {place or 'what is being written'}: {reason}. Free some space (or raise the limit) "
-            "and run the same command again: quantize and convert with --resume, which keeps what is finished."
+            "and run the same command again: quantize and convert with --resume, which keeps what is done."
         )
     where = f"{place} cannot be used: {reason}" if place else reason
     return FourfoldError(f"{where}. Check the path and its rights, then run the same command again.")

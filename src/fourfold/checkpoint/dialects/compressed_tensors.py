@@ -6,6 +6,7 @@ the parts of a fused layer. Source: the writers of compressed-tensors 0.20 and l
 (model_free_ptq).
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from fourfold.checkpoint.block_dialect import (
     objects,
     texts,
 )
-from fourfold.checkpoint.dialects._targets import Targets
+from fourfold.checkpoint.dialect import EXPERTS
+from fourfold.checkpoint.dialects._targets import EXPRESSION, Targets
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.storage.header import short
 from fourfold.core.errors import FourfoldError
@@ -123,6 +125,7 @@ class CompressedTensors(BlockDialect):
 
     def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
         """Groups with targets: a name, ``re:`` and an expression, or the class Linear."""
+        _refuse_more_than_rounding(settings)
         rules = objects(objects(settings, OWN_KEY), "scale_rules")
         targets = _read_groups(settings, rules)
         kv = settings.get("kv_cache_scheme")
@@ -153,7 +156,7 @@ class CompressedTensors(BlockDialect):
             },
             "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
             "global_compression_ratio": None,
-            "ignore": list(kept_linears),
+            "ignore": _ignored(kept_linears),
             "kv_cache_scheme": kv,
             "quant_method": self.method,
             "quantization_status": "compressed",
@@ -177,10 +180,31 @@ class CompressedTensors(BlockDialect):
         }
 
 
+def _ignored(kept: Collection[str]) -> list[str]:
+    """``kept``, and for fused experts the modules that vLLM asks for, which are those of each expert."""
+    inside = [rf"{EXPRESSION}.*{re.escape(module)}\..*" for module in kept if module.endswith(EXPERTS)]
+    return [*kept, *inside]
+
+
 def _format_name(scheme: LayerScheme) -> str:
     name = STORAGE[scheme.weight].format
     # the library tells weight-only FP8 from FP8 with activations by the name of the format
     return "naive-quantized" if name == "float-quantized" and scheme.activation is None else name
+
+
+def _refuse_more_than_rounding(settings: dict[str, Any]) -> None:
+    transforms, sparsity = objects(settings, "transform_config"), objects(settings, "sparsity_config")
+    if any(transforms.values()):
+        raise FourfoldError(
+            "This checkpoint rotates or otherwise transforms its activations while it runs "
+            f"(transform_config in quantization_config: {short(str(transforms))}), which Fourfold does not "
+            "do, so that its weights alone would give wrong answers. Start from the unquantized model."
+        )
+    if sparsity.get("format", "dense") != "dense":
+        raise FourfoldError(
+            "This checkpoint leaves out zeros of its weights (sparsity_config in quantization_config: "
+            f"{short(str(sparsity))}), which Fourfold does not read. Start from the unquantized model."
+        )
 
 
 def _read_groups(settings: dict[str, Any], rules: dict[str, Any]) -> Targets:

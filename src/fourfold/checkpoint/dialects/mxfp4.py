@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from fourfold.checkpoint.dialect import VALUE, Entry, Reading, plain_entry
+from fourfold.checkpoint.dialect import VALUE, Entry, Reading, plain_entry, read_only
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor, broken, short
 from fourfold.checkpoint.tensors import TensorInfo
-from fourfold.core.errors import UsageError
 from fourfold.core.quantization import LayerScheme, Quantization
 from fourfold.formats import BlockTensor
 
@@ -58,15 +57,15 @@ class GptOss:
 
     def plan(self, info: TensorInfo) -> list[PlannedTensor]:
         """Refused: read only."""
-        raise _read_only()
+        raise read_only(self.name)
 
     def store(self, info: TensorInfo, value: torch.Tensor | BlockTensor) -> list[torch.Tensor]:
         """Refused: read only."""
-        raise _read_only()
+        raise read_only(self.name)
 
     def kv_plan(self, module: str) -> PlannedTensor:
         """Refused: read only."""
-        raise _read_only()
+        raise read_only(self.name)
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """Always: what is quantized is told by the tensors' names."""
@@ -76,11 +75,7 @@ class GptOss:
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:
         """Refused: read only."""
-        raise _read_only()
-
-
-def _read_only() -> UsageError:
-    return UsageError("The dialect mxfp4 is read only. Write compressed-tensors or quark.")
+        raise read_only(self.name)
 
 
 def _entry(name: str, blocks: StoredTensor, scales: StoredTensor) -> Entry:

@@ -31,6 +31,7 @@ VERSION = "0.13"  # of amd-quark, whose configuration this is
 KV_PATTERNS = ("*k_proj", "*v_proj")
 CALCULATION_MODES = ("even", "floor", "ceil")
 CODES = "weight"
+ROTATIONS = ("rotation", "quarot")
 E8M0 = Layout(Field(CODES, torch.uint8), Field(SCALE, torch.uint8))
 E4M3 = Field(CODES, torch.float8_e4m3fn)
 
@@ -82,6 +83,7 @@ class Quark(BlockDialect):
                 "This Quark checkpoint holds fake-quantized weights (export.weight_format), which say "
                 "nothing of how they were rounded. Export it again with weight_format real_quantized."
             )
+        _refuse_online_rotations(settings.get("algo_config"))
         rules = objects(objects(settings, OWN_KEY), "scale_rules")
         return _Layers(settings, rules).scheme_of, _read_kv(settings)
 
@@ -185,6 +187,23 @@ class _Layers:
         if default is None or scheme.model_copy(update={"scale_rule": default.scale_rule}) != default:
             return scheme
         return default
+
+
+def _refuse_online_rotations(algorithms: object) -> None:
+    """Algorithms that only changed weights are done with; a rotation of activations is part of the model.
+
+    R1 may be kept online, R4 always is; R2 is folded into weights, and R3 turns queries and keys alike, so
+    that it cancels out (RotationConfig of amd-quark).
+    """
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        if not isinstance(algorithm, dict) or algorithm.get("name") not in ROTATIONS:
+            continue
+        if algorithm.get("online_r1_rotation") or algorithm.get("r4", True):
+            raise FourfoldError(
+                "This checkpoint rotates activations while it runs (algo_config in quantization_config: "
+                f"{short(str(algorithm))}), which Fourfold does not do, so that its weights alone would give "
+                "wrong answers. Start from the unquantized model."
+            )
 
 
 def _read_layer(name: str, layer: object, rule: object) -> LayerScheme:

@@ -64,6 +64,10 @@ class GGUFTensors:
 class GGUFCheckpoint(Checkpoint):
     """A checkpoint whose tokenizer is inside the GGUF file."""
 
+    def has_tokenizer(self) -> bool:
+        """Always: a GGUF file that has none fails in ``write_tokenizer``."""
+        return True
+
     def write_tokenizer(self, folder: Path) -> list[Path]:
         """Have transformers rebuild the tokenizer with its chat template.
 
@@ -83,8 +87,8 @@ class GGUFCheckpoint(Checkpoint):
             tokenizer.save_pretrained(folder)
         except Exception as error:  # a full disk is no OSError here: the tokenizers library has its own
             raise FourfoldError(
-                f"The tokenizer cannot be written into {folder} ({short(str(error))}). Free some space there, "
-                "check its rights, and run the same command again (quantize and convert with --resume)."
+                f"The tokenizer cannot be written into {folder} ({short(str(error))}). Free some space, "
+                "check the rights, and run the same command again (quantize and convert with --resume)."
             ) from error
         return tokenizer_files(folder)
 

@@ -111,6 +111,9 @@ def parse_object(path: Path, text: bytes, part: str) -> dict[str, Any]:
     """A JSON object without duplicate keys. Raises FourfoldError that names ``path`` and ``part``."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\ud" in text or b"\\uD" in text:
+            # JSON can escape half a character, which could never be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except _DuplicateKeyError as error:
         raise broken(path, f"its {part} holds the key '{short(error.key)}' twice") from None
     except (ValueError, RecursionError) as error:
