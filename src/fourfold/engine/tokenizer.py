@@ -5,17 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.checkpoint import Checkpoint
+from fourfold.checkpoint.checkpoint import no_tokenizer
+from fourfold.checkpoint.folder import has_tokenizer
 from fourfold.core.errors import FourfoldError, UsageError
 
 NOT_YET_TEXT = "\ufffd"  # what decoders put for a character whose bytes are not all there
-ENTRY_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-    "tiktoken.model",
-)
 
 
 class Tokenizer:
@@ -121,11 +115,8 @@ def read_tokenizer(folder: Path, source: str) -> Any:
     """The transformers tokenizer in ``folder``. Raises FourfoldError naming ``source`` when there is none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ENTRY_FILES):
-        raise FourfoldError(
-            f"No tokenizer in {source}: none of {', '.join(ENTRY_FILES)} is there. Copy the tokenizer files "
-            "of the original model into the folder."
-        )
+    if not has_tokenizer(folder):
+        raise no_tokenizer(source)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; to a person all mean the same
