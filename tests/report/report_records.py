@@ -108,6 +108,7 @@ def evaluation(model: ModelCard = QUANTIZED, base: ModelCard | None = BASE, **ch
         ],
         "method": "windows that do not overlap",
         "window_tokens": 512,
+        "max_tokens_per_text": 4096,
         "machine": MACHINE,
     }
     return EvaluationRecord(**(values | changes))

@@ -151,6 +151,7 @@ def test_how_numbers_were_obtained_is_said(results):
     text = page_of(results).text
     for words in ("Test CPU", "16.0 GiB", "fourfold 0", "fourfold bench http://h:1 --profile chat", "a note"):
         assert words in text
+    assert "--window-tokens 512 --max-tokens-per-text 4096" in text
     for words in ("(end-to-end - TTFT) / (output tokens - 1)", "windows that do not overlap", "nats/token"):
         assert words in text
 

@@ -89,6 +89,7 @@ class EvaluationRecord(Record):
     task: str = "heldout"
     method: str = Field(default="", description="how windows were cut and intervals were made, in words")
     window_tokens: int
+    max_tokens_per_text: int | None = Field(default=None, description="None: texts were read whole")
     machine: Machine
 
 

@@ -55,6 +55,7 @@ def evaluate(
         task=task,
         method=chosen.method,
         window_tokens=window_tokens,
+        max_tokens_per_text=max_tokens_per_text,
         machine=describe_machine(),
     )
 

@@ -6,11 +6,15 @@ from fourfold.core.records import EvaluationRecord, RunRecord
 
 
 def evaluate_command(record: EvaluationRecord) -> str:
-    """``fourfold evaluate`` with the names of the models in place of their folders."""
+    """``fourfold evaluate`` with the names of the models in place of their folders.
+
+    A record does not tell the files of texts, so ``--text`` is not in it.
+    """
     words = ["fourfold", "evaluate", record.model.name]
     words += ["--against", record.base.name] if record.base else []
     words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
-    return shlex.join([*words, "--window-tokens", str(record.window_tokens)])
+    words += ["--window-tokens", str(record.window_tokens)]
+    return shlex.join([*words, "--max-tokens-per-text", str(record.max_tokens_per_text or 0)])
 
 
 def bench_command(record: RunRecord) -> str:
