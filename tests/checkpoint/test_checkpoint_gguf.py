@@ -10,6 +10,7 @@ import torch
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.convert import convert
+from fourfold.checkpoint.gguf.rope import llama3_parameters
 from fourfold.core.errors import FourfoldError
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 40, 2
@@ -31,11 +32,23 @@ def layer_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
         "ffn_up": (WIDTH, HIDDEN),
         "ffn_down": (HIDDEN, WIDTH),
     }
+    if architecture == "qwen2":
+        shapes |= {f"{name}.bias": shapes[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
     return shapes | ({"attn_q_norm": (head,), "attn_k_norm": (head,)} if architecture == "qwen3" else {})
 
 
-def write_gguf(path: Path, architecture: str = "llama", tied: bool = True, **metadata) -> Path:
-    """Random weights in Q4_1, embeddings in Q8_0, norms in F32, and a vocabulary of letters."""
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    tied: bool = True,
+    numbers: dict[str, object] | None = None,
+    divisors: np.ndarray | None = None,
+    **metadata,
+) -> Path:
+    """Random weights in Q4_1, embeddings in Q8_0, norms in F32, and a vocabulary of letters.
+
+    ``numbers`` replaces integers of the metadata, ``divisors`` becomes rope_freqs.weight.
+    """
     writer, head = gguf.GGUFWriter(path, architecture), HEADS_OF.get(architecture, 16)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -49,6 +62,9 @@ def write_gguf(path: Path, architecture: str = "llama", tied: bool = True, **met
     writer.add_key_length(head)
     writer.add_value_length(head)
     add_tokenizer(writer)
+    for key, value in (numbers or {}).items():
+        kind = gguf.GGUFValueType.ARRAY if isinstance(value, list) else gguf.GGUFValueType.UINT32
+        writer.kv_data[0][f"{architecture}.{key}"] = gguf.GGUFValue(value, kind)
     for key, value in metadata.items():
         writer.add_string(key.replace("__", "."), value)
     random = np.random.default_rng(7)
@@ -58,7 +74,10 @@ def write_gguf(path: Path, architecture: str = "llama", tied: bool = True, **met
     for name, shape in shapes.items():
         kind = F32 if len(shape) == 1 else Q8_0 if name == "token_embd" else Q4_1
         values = random.standard_normal(shape).astype(np.float32) * 0.1 + (len(shape) == 1)
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+        name += "" if name.endswith(".bias") else ".weight"
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,7 +106,9 @@ def peers_model(path: Path):
     ).eval()
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)]
+)
 def test_the_model_is_the_one_that_transformers_reads(tmp_path, architecture, tied):
     from transformers import AutoModelForCausalLM
 
@@ -140,6 +161,80 @@ def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
 def test_what_cannot_be_expressed_is_refused(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", llama__rope__scaling__type="yarn")
     assert "scales its rotary embeddings" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ({"attention.head_count": 0}, "'llama.attention.head_count' in its metadata: 0"),
+        ({"attention.head_count": 3, "attention.head_count_kv": 1}, "64 rows, no pairs for 3 heads"),
+        ({"attention.head_count_kv": 0}, "'llama.attention.head_count_kv' in its metadata: 0"),
+        ({"attention.head_count_kv": 3}, "'llama.attention.head_count_kv' in its metadata: 3"),
+        ({"attention.head_count_kv": [2, 1]}, "'llama.attention.head_count_kv' in its metadata: [2, 1]"),
+        ({"block_count": 3_000_000}, "'llama.block_count' in its metadata: 3000000"),
+        ({"embedding_length": [64]}, "'llama.embedding_length' in its metadata: [64]"),
+        ({"attention.key_length": 0}, "'llama.attention.key_length' in its metadata: 0"),
+        ({"rope.freq_base": 0}, "'llama.rope.freq_base' in its metadata: 0"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(tmp_path, numbers, expected):
+    assert expected in refused(write_gguf(tmp_path / "x.gguf", numbers=numbers))
+
+
+def test_an_empty_tensor_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf")
+    content = path.read_bytes()
+    shape = content.index(b"output_norm.weight") + len(b"output_norm.weight") + 4
+    path.write_bytes(content[:shape] + struct.pack("<Q", 0) + content[shape + 8 :])
+    assert "'output_norm.weight' has the shape [0], which is empty" in refused(path)
+
+
+def llama3_divisors(factor: float, theta: float = 5000.0, head_dim: int = 16) -> np.ndarray:
+    """As llama.cpp's converter makes them, from transformers' frequencies with and without scaling."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor} | scaled
+    config = LlamaConfig(head_dim=head_dim, rope_parameters=rope)
+    slow, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    return (theta ** (-torch.arange(0, head_dim, 2).float() / head_dim) / slow).numpy()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_scaling_is_found_again(tmp_path, factor):
+    divisors = llama3_divisors(factor)
+    assert len(np.unique(divisors.round(3))) == 3  # waves that are kept, blended and stretched
+    path = write_gguf(tmp_path / "x.gguf", divisors=divisors)
+    checkpoint = open_checkpoint(path)
+    assert "rope_freqs" not in " ".join(checkpoint.names())
+    rope = checkpoint.config["rope_parameters"]
+    assert rope["rope_type"] == "llama3" and rope["factor"] == pytest.approx(factor, rel=1e-6)
+    convert(path, tmp_path / "plain", "plain")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    plain = 5000.0 ** (-torch.arange(0, 16, 2).float() / 16)
+    turned = model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(turned, plain / torch.from_numpy(divisors), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("factor", "head_dim"), [(8.0, 128), (32.0, 64)])
+def test_the_divisors_of_llama_3_1_and_3_2_are_known(factor, head_dim):
+    found = llama3_parameters(llama3_divisors(factor, 500000.0, head_dim), 500000.0)
+    assert found is not None and found["factor"] == pytest.approx(factor, rel=1e-6)
+    assert found["rope_type"] == "llama3" and found["original_max_position_embeddings"] == 8192
+
+
+def test_another_scaling_of_the_rotary_embeddings_is_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    for divisors in (
+        llama3_divisors(8.0) * 1.01,
+        np.full(8, 2.0),
+        llama3_divisors(8.0)[:4],
+        np.full(8, np.nan),
+    ):
+        assert "in another way than Llama 3.1" in refused(write_gguf(path, divisors=divisors))
 
 
 def test_damage_never_gives_anything_but_our_error(tmp_path):

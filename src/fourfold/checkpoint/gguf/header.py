@@ -118,6 +118,8 @@ def _description(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise broken(cursor.path, f"its tensor '{short(name)}' has {dimensions} dimensions")
     sizes = [cursor.number("Q") for _ in range(dimensions)]
+    if 0 in sizes:
+        raise broken(cursor.path, f"its tensor '{short(name)}' has the shape {sizes[::-1]}, which is empty")
     return name, tuple(reversed(sizes)), cursor.number("I"), cursor.number("Q")
 
 

@@ -20,7 +20,8 @@ from fourfold.checkpoint.folder import tokenizer_files
 from fourfold.checkpoint.gguf.header import Stored, read_header
 from fourfold.checkpoint.gguf.metadata import architecture_of, model_config, token_ids
 from fourfold.checkpoint.gguf.names import parameter_names
-from fourfold.checkpoint.storage.header import short
+from fourfold.checkpoint.gguf.rope import TENSOR as ROPE_DIVISORS
+from fourfold.checkpoint.storage.header import broken, short
 from fourfold.checkpoint.storage.reader import read_into
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import FourfoldError
@@ -54,10 +55,7 @@ class GGUFTensors:
     def load(self, name: str) -> torch.Tensor | BlockTensor:
         """Read and expand one tensor. Raises FourfoldError when the file is too short."""
         placed = self.tensors[name]
-        stored = placed.stored
-        raw = np.empty(stored.nbytes, dtype=np.uint8)
-        read_into(self.path, stored.begin, raw.data, stored.name)
-        values = expand(raw, stored)
+        values = expand(read_bytes(self.path, placed.stored), placed.stored)
         return values if placed.heads is None else unpermute(values, placed.heads)
 
 
@@ -96,8 +94,9 @@ class GGUFCheckpoint(Checkpoint):
 def open_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file. Raises FourfoldError for a damaged file, or a model that cannot be expressed."""
     metadata, stored = read_header(path)
-    config = model_config(path, metadata, {s.name: s.shape for s in stored})
-    tensors = _named(path, metadata, config, stored)
+    divisors = next((_divisors(path, s) for s in stored if s.name == ROPE_DIVISORS), None)
+    config = model_config(path, metadata, {s.name: s.shape for s in stored}, divisors)
+    tensors = _named(path, metadata, config, [s for s in stored if s.name != ROPE_DIVISORS])
     generation = token_ids(metadata)
     return GGUFCheckpoint(
         str(path),
@@ -107,6 +106,13 @@ def open_gguf(path: Path) -> Checkpoint:
         generation_config=generation,
         notes=_notes(stored),
     )
+
+
+def read_bytes(path: Path, stored: Stored) -> np.ndarray:
+    """The stored bytes of one tensor. Raises FourfoldError when the file is too short."""
+    raw = np.empty(stored.nbytes, dtype=np.uint8)
+    read_into(path, stored.begin, raw.data, stored.name)
+    return raw
 
 
 def expand(raw: np.ndarray, stored: Stored) -> torch.Tensor:
@@ -125,6 +131,12 @@ def unpermute(values: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows [heads, half, 2] to [heads, 2, half]: from interleaved rotary pairs to transformers' halves."""
     half = values.shape[0] // heads // 2
     return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _divisors(path: Path, stored: Stored) -> np.ndarray:
+    if stored.type != gguf.GGMLQuantizationType.F32:
+        raise broken(path, f"its tensor '{stored.name}' is {stored.type.name} and not F32")
+    return read_bytes(path, stored).view(np.float32).reshape(stored.shape)
 
 
 def _typed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -148,6 +160,11 @@ def _named(
                 f"{config['architectures'][0]}. Start from the model's Hugging Face folder instead."
             )
         own = next((n for part, n in heads.items() if part in name), None) if permuted else None
+        if own is not None and tensor.shape[0] % (2 * own):
+            raise broken(
+                path,
+                f"its tensor '{short(tensor.name)}' has {tensor.shape[0]} rows, no pairs for {own} heads",
+            )
         tensors[name] = Placed(tensor, own)
     return tensors
 
