@@ -1,5 +1,6 @@
 """Text to tokens and back, through the checkpoint's own tokenizer (never its remote code)."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from fourfold.checkpoint.checkpoint import no_tokenizer
 from fourfold.checkpoint.folder import has_tokenizer
 from fourfold.core.errors import FourfoldError, UsageError
 
+PLAIN_MODELS = ("llama", "qwen3")  # of others, AutoTokenizer may correct what their files say
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 NOT_YET_TEXT = "\ufffd"  # what decoders put for a character whose bytes are not all there
 
 
@@ -34,7 +37,7 @@ class Tokenizer:
             if folder is None:
                 folder = Path(temporary)
                 checkpoint.write_tokenizer(folder)
-            tokenizer = read_tokenizer(folder, checkpoint.source)
+            tokenizer = read_tokenizer(folder, checkpoint.source, checkpoint.config.get("model_type"))
         return cls(tokenizer, eos | as_ids(tokenizer.eos_token_id))
 
     def __len__(self) -> int:
@@ -42,7 +45,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of ``text``; ``add_special_tokens`` adds the beginning the model was trained with."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``, without special tokens unless asked for."""
@@ -111,19 +114,32 @@ class TextStream:
         return after[len(before) :]
 
 
-def read_tokenizer(folder: Path, source: str) -> Any:
+def read_tokenizer(folder: Path, source: str, model_type: str | None = None) -> Any:
     """The transformers tokenizer in ``folder``. Raises FourfoldError naming ``source`` when there is none."""
-    from transformers import AutoTokenizer
-
     if not has_tokenizer(folder):
         raise no_tokenizer(source)
     try:
+        if model_type in PLAIN_MODELS and is_plain(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here; to a person all mean the same
         raise FourfoldError(
             f"The tokenizer of {source} cannot be read ({type(error).__name__}: {error}). Copy the tokenizer "
             "files of the original model into the folder again."
         ) from error
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether tokenizer.json says all, so that AutoTokenizer, slow to import, would add nothing."""
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    read = json.loads(settings.read_text(encoding="utf-8"))
+    return read.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in read
 
 
 def as_ids(value: int | list[int] | None) -> set[int]:
