@@ -15,6 +15,7 @@ import torch
 from checkpoint_helpers import projections, quantize_folder
 
 from fourfold.checkpoint import CheckpointWriter, TensorInfo, open_checkpoint
+from fourfold.checkpoint.journal import LOCK
 from fourfold.checkpoint.writer import partial_folder
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import Quantization
@@ -203,23 +204,33 @@ def test_every_file_is_synced_before_the_folder_gets_its_name(tiny_llama, tmp_pa
     assert synced >= set(contents(tmp_path / "model"))
 
 
-LOCKED = """
-import sys
-from pathlib import Path
-from fourfold.checkpoint.journal import Journal
-from fourfold.core.errors import FourfoldError
-try:
-    Journal(Path(sys.argv[1]), {}, True)
-except FourfoldError as error:
-    print(error)
+LOCKING = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
 """
 
 
 def test_two_processes_cannot_write_into_one_folder(tmp_path):
+    """The other process does what a second Fourfold does first, without loading torch."""
     info = TensorInfo("a", (2,), torch.float32, None, 8)
-    writer = CheckpointWriter(tmp_path / "out", "plain", {}, Quantization(), [info], fingerprint={})
-    done = subprocess.run([sys.executable, "-c", LOCKED, str(writer.work)], capture_output=True, text=True)
-    assert "Another process is writing" in done.stdout
+    work = partial_folder(tmp_path / "out")
+    work.mkdir()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+    def write() -> CheckpointWriter:
+        return CheckpointWriter(
+            tmp_path / "out", "plain", {}, Quantization(), [info], fingerprint={}, resume=True
+        )
+
+    with subprocess.Popen([sys.executable, "-c", LOCKING, str(work / LOCK)], text=True, **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+        with pytest.raises(FourfoldError, match="Another process is writing"):
+            write()
+        other.communicate("")
+    assert len(write().pending()) == 1
 
 
 def test_what_was_not_planned_is_refused(tmp_path):
