@@ -109,6 +109,23 @@ def test_experts_that_a_recipe_keeps_stay_fused(moe):
     assert "model.layers.0.mlp.experts.gate_up_proj" in {t.name for t in dry.kept}
 
 
+def test_experts_that_stay_fused_are_told_to_readers_and_transformers_computes_with_them(moe, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    source = fuse_as_transformers(moe["qwen3_moe"], tmp_path / "fused")
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.experts*"]})
+    out = tmp_path / "out"
+    quantize(source, out, recipe)
+    ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.mlp.experts" in ignore
+    assert r"re:.*model\.layers\.0\.mlp\.experts\..*" in ignore
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    kept = open_checkpoint(source).load("model.layers.0.mlp.experts.down_proj")
+    assert torch.equal(theirs.model.layers[0].mlp.experts.down_proj, kept)
+    with torch.no_grad():
+        assert theirs(torch.arange(8)[None]).logits.isfinite().all()
+
+
 def test_experts_are_cut_together_when_some_are_rounded(moe):
     recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.experts.*.down_proj", "*.experts.1.*"]})
     dry = plan(moe["gpt_oss"], recipe)

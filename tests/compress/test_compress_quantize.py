@@ -120,9 +120,11 @@ def test_notes_and_tokenizer_go_along(tmp_path):
 @pytest.mark.parametrize("max_shard_bytes", [2_000_000_000, 40_000])
 def test_the_dry_run_knows_the_output_to_the_byte(tiny_qwen3, tmp_path, recipe, max_shard_bytes):
     dialect = "plain" if recipe == "bf16" else "compressed-tensors"
-    dry = plan(tiny_qwen3, recipe, dialect, max_shard_bytes=max_shard_bytes)
+    dry = plan(tiny_qwen3, recipe, max_shard_bytes=max_shard_bytes)
     assert not list(tmp_path.iterdir())
-    quantize(tiny_qwen3, tmp_path / "out", recipe, dialect, max_shard_bytes=max_shard_bytes)
+    manifest = quantize(tiny_qwen3, tmp_path / "out", recipe, max_shard_bytes=max_shard_bytes)
+    # a folder in which nothing is quantized is a plain one, whatever dialect was asked for
+    assert dry.dialect == manifest.dialect == dialect == open_checkpoint(tmp_path / "out").dialect
     assert dry.output_bytes == tensor_bytes(tmp_path / "out")
     assert dry.output_bytes == sum(tensor.nbytes for tensor in [*dry.quantized, *dry.kept])
     assert dry.shards == len(list((tmp_path / "out").glob("*.safetensors")))
