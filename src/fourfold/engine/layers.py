@@ -41,16 +41,22 @@ class FusedLinear:
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: float32 in, the weight's dtype out."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: float32 in, the weight's dtype out.
 
-    __slots__ = ("dtype", "eps", "shape", "weight")
+    Computed as x * (weight sqrt(n)) / hypot(|x|, sqrt(n eps)) for n features: fewer and cheaper steps than
+    torch's rms_norm has on a CPU, where it is put together from eight.
+    """
+
+    __slots__ = ("dtype", "floor", "weight")
 
     def __init__(self, weight: Tensor, eps: float):
-        self.weight, self.dtype, self.eps, self.shape = weight.float(), weight.dtype, eps, weight.shape
+        self.weight, self.dtype = weight.float() * len(weight) ** 0.5, weight.dtype
+        self.floor = torch.tensor((len(weight) * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [..., size] -> the same shape."""
-        return F.rms_norm(x, self.shape, self.weight, self.eps).to(self.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * self.weight).div_(length.hypot_(self.floor)).to(self.dtype)
 
 
 class GatedMLP:
