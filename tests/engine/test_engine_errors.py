@@ -244,3 +244,12 @@ def test_a_step_must_hold_every_decode():
 def test_a_cache_of_less_than_a_block(tiny_llama):
     with pytest.raises(FourfoldError, match="block"):
         load(tiny_llama, kv_cache_tokens=8)
+
+
+def test_a_seed_too_large_for_the_command_is_misuse():
+    from typer.testing import CliRunner
+
+    from fourfold.cli.main import app
+
+    result = CliRunner().invoke(app, ["generate", "model", "--prompt", "x", "--seed", str(2**64)])
+    assert result.exit_code == 2 and str(2**64 - 1) in result.output

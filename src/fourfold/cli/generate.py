@@ -11,7 +11,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue, as it is: no chat template.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal texts.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="Equal seeds give equal texts.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write tokens, text and timings here.")
