@@ -4,7 +4,7 @@
 set -euo pipefail
 
 GGUF=demo/SmolLM2-135M-Instruct.Q4_1.gguf
-SCALE=${SCALE:-0.0625}   # share of the profiles' token counts: 128/2048 becomes 8/128, to fit a small machine
+SCALE=${SCALE:-0.03125}   # share of the profiles' token counts: 128/2048 becomes 4/64, to fit a small machine
 
 step() { printf '\n\033[1m[%4ds] %s\033[0m\n' "$SECONDS" "$*"; }
 
