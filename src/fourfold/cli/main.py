@@ -76,8 +76,8 @@ for verb in VERBS:
 
 def main() -> None:
     """Run the command line; never a traceback for a FourfoldError, a failing disk, or Ctrl-C."""
-    # libgomp, which reads this when torch is imported, would spin on a core that our own threads could use
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # libgomp reads this when torch is imported; by itself it spins for long on a core that our threads need
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         app()
     except FourfoldError as error:
