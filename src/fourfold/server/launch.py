@@ -9,6 +9,7 @@ import contextlib
 import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -59,7 +60,10 @@ def serve(
     Raises FourfoldError when the port is in use or the model cannot be loaded, UsageError for a bad address.
     """
     with take_port(host, port) as listener:
-        engine = Engine.load(source, config or EngineConfig())
+        # libgomp lets threads wait briefly only while all teams fit the cores: a team that loading leaves to
+        # the main thread would make every step of the engine's thread a third slower, so loading has its own
+        with ThreadPoolExecutor(1, "fourfold-load") as loader:
+            engine = loader.submit(Engine.load, source, config or EngineConfig()).result()
         run(engine, listener, host)
 
 
