@@ -15,13 +15,18 @@ def describe_machine(gpu: str | None = None) -> Machine:
     """This machine; ``gpu`` is named by a caller that may import torch."""
     return Machine(
         cpu=cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpu=gpu,
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         versions={name: v for name in REPORTED_PACKAGES if (v := installed_version(name))},
     )
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, where the system tells it; all of them elsewhere."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

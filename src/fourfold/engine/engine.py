@@ -3,7 +3,6 @@
 It is synchronous and for one thread: whoever owns it calls ``step`` while ``has_work``.
 """
 
-import os
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from fourfold import kernels
 from fourfold.checkpoint import Checkpoint, open_checkpoint
 from fourfold.core.errors import UsageError
+from fourfold.core.machine import usable_cores
 from fourfold.core.records import ModelCard
 from fourfold.engine.attention import DenseAttention, PagedAttention
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
@@ -38,7 +38,7 @@ class Engine:
     """A loaded model that continues many prompts at once. Make one with ``Engine.load``."""
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig):
-        threads = config.threads or len(os.sched_getaffinity(0))
+        threads = config.threads or usable_cores()
         torch.set_num_threads(threads)
         kernels.set_threads(threads)
         self.config = config
