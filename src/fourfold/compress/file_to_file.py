@@ -1,17 +1,22 @@
-"""Quantization from file to file: open, decide, and stream every tensor through the passes to its shard."""
+"""Quantization from file to file: open, decide, run the passes, and stream every tensor to its shard."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
 from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
+from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Model
-from fourfold.compress.pipeline import check_recipe, run_passes
+from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
+from fourfold.core.errors import UsageError
 from fourfold.core.manifest import Manifest
 
 DEFAULT_DIALECT = "compressed-tensors"
@@ -29,35 +34,68 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    calibration: CalibrationSet | None = None,
+    device: str = "cpu",
+    layer_progress: Callable[[int, int, str], None] | None = None,
 ) -> Manifest:
     """Make the checkpoint ``out`` from ``source`` (a folder, a GGUF file, a hub name) by ``recipe``.
 
-    Returns the manifest that was written. Raises UsageError for a call or recipe that makes no sense and for
-    an existing ``out``, FourfoldError for a source that cannot be read or rounded; both before anything is
-    written, save for NaN and Inf weights, which are found when they are read.
+    A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``;
+    ``layer_progress(done, layers, name)`` is told of each. Returns the manifest that was written. Raises
+    UsageError for a call or recipe that makes no sense and for an existing ``out``, FourfoldError for a source
+    that cannot be read or rounded; both before anything is written, save for NaN and Inf weights, which are
+    found when they are read.
     """
     recipe = load_recipe(recipe)
     check_recipe(recipe)
+    check_calibration(recipe, calibration)
     checkpoint = open_source(source)
-    model = run_passes(recipe, resolve(checkpoint, recipe).model)
+    prepared = prepare(recipe, resolve(checkpoint, recipe).model)
+    model = run_passes(recipe, prepared)
     writer = CheckpointWriter(
         Path(out),
         dialect,
         checkpoint.config,
         model.quantization,
         model.infos(),
-        fingerprint=fingerprint(checkpoint, recipe),
+        fingerprint=fingerprint(checkpoint, recipe, calibration, device),
         resume=resume,
         max_shard_bytes=max_shard_bytes,
     )
-    write_shards(writer, model, progress)
+    notes = list(checkpoint.notes)
+    if calibration is not None and is_calibrated(recipe):
+        # so that recipes without calibration never import transformers
+        from fourfold.compress.calibrated.loop import LayerLoop
+        from fourfold.compress.calibrated.store import LayerStore
+
+        store = LayerStore(writer.work)
+        loop = LayerLoop(prepared, recipe, calibration, store, torch.device(device))
+        made = loop.run(layer_progress)
+        model = model.with_entries(
+            {name: replace(model.entries[name], load=load) for name, load in made.items()}
+        )
+        notes += loop.notes
+        write_shards(writer, model, progress)
+        store.remove()
+    else:
+        write_shards(writer, model, progress)
     return writer.finish(
         source=str(source),
         recipe=recipe.model_dump(),
-        notes=checkpoint.notes,
+        notes=notes,
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
+
+
+def check_calibration(recipe: Recipe, calibration: CalibrationSet | None) -> None:
+    """Raise UsageError when ``recipe`` lacks the calibration set it needs."""
+    if calibration is None and is_calibrated(recipe):
+        names = ", ".join(use.name for use in recipe.uses)
+        raise UsageError(
+            f"The recipe '{recipe.name}' has passes that look at activations ({names}), but no calibration set "
+            "was given. Give one with --calibration, or use a recipe without calibration (mxfp4)."
+        )
 
 
 def write_shards(writer: CheckpointWriter, model: Model, progress: Progress | None = None) -> None:
@@ -75,10 +113,19 @@ def write_shards(writer: CheckpointWriter, model: Model, progress: Progress | No
                     progress(done, total, name)
 
 
-def fingerprint(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+def fingerprint(
+    checkpoint: Checkpoint, recipe: Recipe, calibration: CalibrationSet | None, device: str
+) -> dict[str, str]:
     """What the numbers of an output depend on; the writer adds the dialect and the layout."""
-    return {
+    fields = {
         "source": source_fingerprint(checkpoint),
         "recipe": short_hash(recipe.model_dump()),
         "fourfold_version": __version__,
     }
+    if calibration is not None and is_calibrated(recipe):
+        fields |= {
+            "calibration": calibration.sha256[:16],
+            "device": torch.device(device).type,
+            "torch": torch.__version__,
+        }
+    return fields

@@ -10,13 +10,12 @@ decision.
 import re
 from typing import Any
 
-from fourfold.checkpoint.dialect import EMBEDDING, module_of
+from fourfold.checkpoint.dialect import EMBEDDING, TOWER, module_of
 from fourfold.compress.recipe import Recipe, first_match
 from fourfold.core.errors import FourfoldError
 
 LAYER = re.compile(r"(^|\.)(layers|layer|h|blocks|block)\.\d+\.")
 NORM = re.compile(r"norm\d?$|^ln_\w+$")
-TOWER = re.compile(r"(^|_)(vision|visual|audio|image|speech)(_|$)|^vit$")
 CONVOLUTION = re.compile(r"conv")
 ROUTER_PARTS = frozenset({"router", "gate", "gating"})
 ROUTER_NAMES = frozenset({"wg", "shared_expert_gate", "router_gate"})

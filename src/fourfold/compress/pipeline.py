@@ -1,32 +1,60 @@
 """Passes: what may be done to a model, and which sequences of them make sense.
 
-A pass is one file in compress/passes exporting ``PASS``. Passes run in the recipe's order; those that change
-weights come first, and exactly one, the last, rounds them to their formats.
+A pass is one file in compress/passes exporting ``PASS``. Passes run in the recipe's order: channels are
+smoothed, then inputs are rotated, then weights are rounded; at most one of each, and exactly one rounds.
+
+A pass is data-free (``apply``: the whole model, lazily) or calibrated (``layer``: one decoder layer after the
+other, by :mod:`fourfold.compress.calibrated`). A calibrated one may say beforehand what it will change in the
+checkpoint's scheme (``prepare``), and may learn over the whole model first (``learn``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import ValidationError
 
 from fourfold.compress.model import Model
-from fourfold.compress.recipe import Recipe
+from fourfold.compress.recipe import PassUse, Recipe
 from fourfold.core.errors import UsageError
+from fourfold.core.records import Record
 from fourfold.core.registry import Registry
 from fourfold.formats import ScaleRule, get_format
 
-CalibrationSet = Sequence[Sequence[int]]  # sequences of token ids
+if TYPE_CHECKING:
+    from fourfold.compress.calibrated.skeleton import Skeleton
+    from fourfold.compress.calibrated.work import LayerWork
+    from fourfold.compress.calibration import CalibrationSet
 
 PASSES = Registry("fourfold.compress.passes", "PASS", "pass")
+ORDER = ("smooth", "rotate", "round")
+
+
+class NoOptions(Record):
+    """A pass that takes no options."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """``apply(model, calibration) -> model``. ``rounds``: afterwards the scheme's weights are in their
-    formats.
+    """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
+
+    ``needs_base``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a recipe may say.
     """
 
     name: str
-    apply: Callable[[Model, CalibrationSet | None], Model]
-    rounds: bool
+    kind: Literal["smooth", "rotate", "round"]
+    apply: Callable[[Model], Model] | None = None
+    prepare: Callable[[Model, Any], Model] | None = None
+    learn: "Callable[[Skeleton, CalibrationSet, Any], dict[str, torch.Tensor]] | None" = None
+    layer: "Callable[[LayerWork, Any], None] | None" = None
+    options: type[Record] = NoOptions
+    needs_base: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it looks at activations."""
+        return self.layer is not None
 
 
 def get_pass(name: str) -> Pass:
@@ -34,11 +62,43 @@ def get_pass(name: str) -> Pass:
     return PASSES.get(name)
 
 
-def run_passes(recipe: Recipe, model: Model, calibration: CalibrationSet | None = None) -> Model:
-    """``model`` after all passes of ``recipe``; nothing is computed before a tensor is asked for."""
-    for name in recipe.passes:
-        model = get_pass(name).apply(model, calibration)
+def options_of(use: PassUse, who: str) -> Record:
+    """The options of ``use``, checked. Raises UsageError that names the key."""
+    schema = get_pass(use.name).options
+    try:
+        return schema.model_validate(use.options)
+    except ValidationError as error:
+        item = error.errors()[0]
+        key = ".".join(str(part) for part in item["loc"])
+        known = ", ".join(schema.model_fields) or "none"
+        raise UsageError(
+            f"{who}: the pass '{use.name}' cannot take `{key}`: {item['msg']}. Its options: {known}."
+        ) from None
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    """Whether some pass of ``recipe`` looks at activations."""
+    return any(get_pass(use.name).calibrated for use in recipe.uses)
+
+
+def prepare(recipe: Recipe, model: Model) -> Model:
+    """``model`` with what the passes change in the scheme and add to its tensors, before any is computed."""
+    for use in recipe.uses:
+        if (change := get_pass(use.name).prepare) is not None:
+            model = change(model, options_of(use, recipe.name))
     return model
+
+
+def run_passes(recipe: Recipe, model: Model) -> Model:
+    """``model`` with every weight in its format, as ``recipe``'s data-free passes make it when it is asked for.
+
+    What calibrated passes make has the same formats and sizes, and takes the place of these tensors.
+    """
+    if not recipe.formats:
+        return model
+    round_to_nearest = get_pass("rtn").apply
+    assert round_to_nearest is not None
+    return round_to_nearest(model)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -75,29 +135,44 @@ def _check_formats(recipe: Recipe, weight: str | None, rule: str | None, activat
 
 
 def _check_passes(recipe: Recipe) -> None:
-    rounding = [i for i, name in enumerate(recipe.passes) if get_pass(name).rounds]
-    listed = ", ".join(recipe.passes) or "none"
-    if recipe.formats and not rounding:
+    for use in recipe.uses:
+        options_of(use, _who(recipe))
+    kinds = [get_pass(use.name).kind for use in recipe.uses]
+    names = [use.name for use in recipe.uses]
+    listed = ", ".join(names) or "none"
+    if recipe.formats and "round" not in kinds:
         raise UsageError(
             f"{_who(recipe)} asks for {', '.join(sorted(recipe.formats))}, but none of its passes ({listed}) "
             "rounds weights. Add `rtn` as the last pass."
         )
-    if rounding and not recipe.formats:
+    if names and not recipe.formats:
         raise UsageError(
-            f"{_who(recipe)} lists the pass '{recipe.passes[rounding[0]]}', but no rule gives a weight "
-            "format, so there is nothing to round. Remove the pass, or add a rule."
+            f"{_who(recipe)} lists the pass '{names[0]}', but no rule gives a weight format, so there is "
+            "nothing to round. Remove the pass, or add a rule."
         )
-    if len(rounding) > 1:
+    if kinds.count("round") > 1:
         raise UsageError(
-            f"{_who(recipe)} rounds {len(rounding)} times (passes: {listed}). After the first, weights are "
-            "in blocks and there is nothing left to round: keep one."
+            f"{_who(recipe)} rounds {kinds.count('round')} times (passes: {listed}). After the first, weights "
+            "are in blocks and there is nothing left to round: keep one."
         )
-    if rounding and rounding[0] != len(recipe.passes) - 1:
-        after = recipe.passes[rounding[0] + 1]
-        raise UsageError(
-            f"{_who(recipe)} puts the pass '{after}' after '{recipe.passes[rounding[0]]}', which rounds. "
-            "Passes that change weights come before the one that rounds."
-        )
+    _check_order(recipe, names, kinds)
+
+
+def _check_order(recipe: Recipe, names: list[str], kinds: list[str]) -> None:
+    why = {
+        "round": "which rounds. Passes that change weights come before the one that rounds.",
+        "rotate": "which mixes the channels that a smoothing pass would scale one by one. Smooth first.",
+        "smooth": "which chooses a scale for every channel too, and the second would undo the first. Keep one.",
+    }
+    for (first, kind), (second, next_kind) in zip(
+        zip(names, kinds, strict=True), list(zip(names, kinds, strict=True))[1:], strict=False
+    ):
+        if ORDER.index(next_kind) > ORDER.index(kind):
+            continue
+        reason = why[kind]
+        if kind == next_kind == "rotate":
+            reason = "which rotates as well: two rotations are one rotation. Keep one."
+        raise UsageError(f"{_who(recipe)} puts the pass '{second}' after '{first}', {reason}")
 
 
 def _who(recipe: Recipe) -> str:

@@ -16,11 +16,12 @@ import torch
 
 from fourfold.checkpoint.card import weight_format
 from fourfold.checkpoint.dialect import get_writable, module_of
+from fourfold.checkpoint.kv_scales import unit_scales
 from fourfold.checkpoint.plan import CheckpointPlan
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
 from fourfold.compress.model import Model
-from fourfold.compress.pipeline import check_recipe, run_passes
+from fourfold.compress.pipeline import check_recipe, prepare, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import fits
@@ -73,8 +74,11 @@ def plan(
     check_recipe(recipe)
     checkpoint = open_source(source)
     resolved = resolve(checkpoint, recipe)
-    model = run_passes(recipe, resolved.model)
-    layout = CheckpointPlan(get_writable(dialect), model.quantization, model.infos(), max_shard_bytes, {})
+    model = run_passes(recipe, prepare(recipe, resolved.model))
+    kv_scales = unit_scales(model.quantization.kv_cache, model.infos(), checkpoint.config)
+    layout = CheckpointPlan(
+        get_writable(dialect), model.quantization, model.infos(), max_shard_bytes, kv_scales
+    )
     output_bytes = sum(shard.nbytes for shard in layout.shards)
     tensors = [_tensor_plan(name, model, resolved.kept.get(name)) for name in model]
     return DryRun(

@@ -13,13 +13,13 @@ from fnmatch import translate
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError
 
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import LayerScheme
+from fourfold.core.quantization import KVCacheFormat, LayerScheme
 from fourfold.core.records import Record
 
 SHIPPED = files("fourfold.compress") / "recipes"
@@ -40,6 +40,13 @@ class Rule(Record):
         return LayerScheme(weight=self.weight, scale_rule=self.scale_rule, activation=self.activation)
 
 
+class PassUse(NamedTuple):
+    """A pass of a recipe, by name, with its options as they are written."""
+
+    name: str
+    options: dict[str, Any]
+
+
 class Recipe(Record):
     """The whole document. ``dtype`` casts every float tensor that is kept; null leaves each as the source has
     it.
@@ -53,8 +60,15 @@ class Recipe(Record):
         True, description="norms, routers, lm_head and vision or audio towers are kept"
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    kv_cache: Literal["fp8"] | None = None
-    passes: list[str] = []
+    kv_cache: KVCacheFormat | None = None
+    passes: list[str | dict[str, dict[str, Any]]] = Field(
+        [], description="names, or a name with its options: `gptq: {damping: 0.05}`"
+    )
+
+    @property
+    def uses(self) -> list[PassUse]:
+        """The passes in order, each with the options that are given to it."""
+        return [use for entry in self.passes for use in _uses(entry)]
 
     def rule_for(self, module: str) -> Rule | None:
         """The first rule that matches ``module``, None when none does. ``keep`` is not looked at."""
@@ -64,6 +78,10 @@ class Recipe(Record):
     def formats(self) -> set[str]:
         """Every weight format that some rule asks for."""
         return {rule.weight for rule in self.rules if rule.weight is not None}
+
+
+def _uses(entry: str | dict[str, dict[str, Any]]) -> list[PassUse]:
+    return [PassUse(entry, {})] if isinstance(entry, str) else [PassUse(n, o) for n, o in entry.items()]
 
 
 def first_match(patterns: Sequence[str], module: str) -> str | None:

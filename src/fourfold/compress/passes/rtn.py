@@ -7,15 +7,17 @@ that are equal to what Quark and llm-compressor write.
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.model import Entry, Model, formatted
-from fourfold.compress.pipeline import CalibrationSet, Pass
+from fourfold.compress.pipeline import Pass
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
 
 
-def round_model(model: Model, calibration: CalibrationSet | None) -> Model:
+def round_model(model: Model) -> Model:
     """Each weight that the scheme names becomes a BlockTensor, rounded when it is asked for."""
     rounded = {}
     for name, entry in model.entries.items():
@@ -30,6 +32,11 @@ def round_weight(name: str, entry: Entry, scheme: LayerScheme) -> BlockTensor:
     """``entry``'s weight [out, in] in the scheme's format. Raises FourfoldError when it holds NaN or Inf."""
     weight = entry.load()
     assert not isinstance(weight, BlockTensor), "planning refuses sources that are quantized already"
+    return round_to_nearest(name, weight, scheme)
+
+
+def round_to_nearest(name: str, weight: torch.Tensor, scheme: LayerScheme) -> BlockTensor:
+    """``weight`` [out, in] in the scheme's format. Raises FourfoldError when it holds NaN or Inf."""
     low, high = weight.aminmax()
     # NaN spreads to both, so one pass finds all that is not finite
     if not (low.isfinite() and high.isfinite()):
@@ -41,4 +48,4 @@ def round_weight(name: str, entry: Entry, scheme: LayerScheme) -> BlockTensor:
     return get_format(scheme.weight).quantize(weight, scheme.scale_rule)
 
 
-PASS = Pass("rtn", round_model, rounds=True)
+PASS = Pass("rtn", "round", apply=round_model)

@@ -1,0 +1,1 @@
+"""Compression that looks at activations: one decoder layer after the other, in transformers' own modules."""

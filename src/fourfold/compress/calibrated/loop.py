@@ -1,0 +1,159 @@
+"""The loop over decoder layers: materialise, run the passes, make durable, hand the outputs on.
+
+At any time one layer is in memory, and the hidden states between two layers: tokens x hidden size x 2 bytes,
+twice when a pass compares with the original model. What a finished layer hands on is computed from the very
+values that were made durable, so that a run which is resumed gives the same bytes as one that was not.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.rotation import rotation_of
+from fourfold.compress.calibrated.skeleton import Call, Skeleton, logical_name
+from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
+from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
+from fourfold.compress.calibration import CalibrationSet
+from fourfold.compress.model import Model, Value
+from fourfold.compress.passes.rtn import round_to_nearest
+from fourfold.compress.pipeline import Pass, get_pass, options_of
+from fourfold.compress.recipe import Recipe
+from fourfold.core.records import Record
+from fourfold.formats import BlockTensor, get_format
+
+LayerProgress = Callable[[int, int, str], None]
+"""Called as ``progress(done, layers, what)``."""
+
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
+
+
+class LayerLoop:
+    """Runs the calibrated passes of ``recipe`` over ``model`` (prepared by them, unrounded)."""
+
+    def __init__(
+        self,
+        model: Model,
+        recipe: Recipe,
+        calibration: CalibrationSet,
+        store: LayerStore,
+        device: torch.device,
+    ):
+        self.model, self.recipe, self.calibration, self.store = model, recipe, calibration, store
+        self.skeleton = Skeleton(model, device)
+        self.passes = [(get_pass(use.name), options_of(use, recipe.name)) for use in recipe.uses]
+        self.needs_base = any(p.needs_base for p, _ in self.passes)
+        self.notes: list[str] = []
+        self._learned: dict[str, dict[str, torch.Tensor]] = {}
+        self._inputs: list[torch.Tensor] = []
+        self._base_inputs: list[torch.Tensor] | None = None
+        self._calls: dict[int, list[Call]] = {}
+
+    def run(self, progress: LayerProgress | None = None) -> dict[str, Callable[[], Value]]:
+        """Finish every layer; returns how to load each finished tensor."""
+        self.start()
+        made: dict[str, Callable[[], Value]] = {}
+        for index in range(len(self.skeleton)):
+            key, finished = key_of(index), self.step(index)
+            made |= {n: partial(self.store.load, key, n, held) for n, held in finished.tensors.items()}
+            if progress is not None:
+                progress(index + 1, len(self.skeleton), self.skeleton.prefix(index))
+        return made
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Learn what passes learn over the whole model, and compute the first layer's inputs."""
+        for chosen, options in self.passes:
+            if chosen.learn is not None:
+                self._learned[chosen.name] = self._learn(chosen, options)
+        batches = self.calibration.batches(TOKENS_PER_BATCH[self.skeleton.device.type])
+        inputs, self._calls = self.skeleton.enter(batches)
+        self._inputs = [hidden.to(HIDDEN_DTYPE) for hidden in inputs]
+        self._base_inputs = list(self._inputs) if self.needs_base else None
+
+    def step(self, index: int) -> FinishedLayer:
+        """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next."""
+        work = self.begin(index)
+        base_outputs = None if work.base_inputs is None else work.outputs(work.base_inputs)
+        finished = self.store.find(key_of(index))
+        if finished is None:
+            self.run_passes(work)
+            finished = self.store.save(key_of(index), self.values(work), work.notes)
+        self.restore(work, self.store.load_all(key_of(index), finished))
+        self.notes += finished.notes
+        self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
+        return finished
+
+    def begin(self, index: int) -> LayerWork:
+        """Layer ``index`` with its original weights."""
+        module = self.skeleton.materialise(index)
+        linears = self.skeleton.logical_linears(index, module)
+        layers = self.model.quantization.layers
+        schemes = {name: layers[name] for name in linears if name in layers}
+        for name, scheme in schemes.items():
+            linears[name].activation = get_format(scheme.activation) if scheme.activation else None
+        return LayerWork(
+            index=index,
+            prefix=self.skeleton.prefix(index),
+            config=self.model.config,
+            module=module,
+            linears=linears,
+            schemes=schemes,
+            inputs=self._inputs,
+            base_inputs=self._base_inputs,
+            calls={size: calls[index] for size, calls in self._calls.items()},
+        )
+
+    def run_passes(self, work: LayerWork) -> None:
+        """The recipe's passes on one layer; what none of them rounds is rounded to nearest."""
+        for chosen, options in self.passes:
+            if chosen.layer is not None:
+                work.learned = self._learned.get(chosen.name, {})
+                chosen.layer(work, options)
+        work.round_rest(round_to_nearest)
+
+    def values(self, work: LayerWork) -> dict[str, Value]:
+        """The finished tensors of the layer, as the checkpoint will hold them."""
+        found: dict[str, Value] = {f"{name}.weight": blocks for name, blocks in work.blocks.items()}
+        for name, parameter in self._parameters(work).items():
+            dtype = self.model.entries[name].info.dtype
+            assert dtype is not None, "quantized sources were refused"
+            found.setdefault(name, parameter.detach().to("cpu", dtype).view(self.model.entries[name].info.shape))
+        for name, linear in work.linears.items():
+            scheme = work.schemes.get(name)
+            if scheme is not None and scheme.input_transform == "trained" and linear.rotation is not None:
+                found[f"{name}.input_rotation"] = linear.rotation.to("cpu", torch.float32)
+        return {name: value for name, value in found.items() if name in self.model}
+
+    def restore(self, work: LayerWork, values: dict[str, Value]) -> None:
+        """Give ``work`` the finished tensors, and let it compute as the served model will."""
+        for name, parameter in self._parameters(work).items():
+            value = values[name]
+            plain = value.dequantize() if isinstance(value, BlockTensor) else value
+            parameter.data.copy_(plain.view(parameter.shape))
+        for name, scheme in work.schemes.items():
+            linear: CalibratedLinear = work.linears[name]
+            linear.rotation = rotation_of(scheme, values.get(f"{name}.input_rotation"), work.device)
+            linear.rounds_input = True
+
+    def _parameters(self, work: LayerWork) -> dict[str, torch.Tensor]:
+        inside = f"{self.skeleton.layers_name}.{work.index}."
+        return {
+            logical_name(inside + name, self.model): parameter
+            for name, parameter in work.module.named_parameters()
+        }
+
+    def _learn(self, chosen: Pass, options: Record) -> dict[str, torch.Tensor]:
+        found = self.store.find(chosen.name)
+        if found is None:
+            assert chosen.learn is not None
+            with torch.enable_grad():
+                learned = chosen.learn(self.skeleton, self.calibration, options)
+            found = self.store.save(chosen.name, {n: t.detach().cpu() for n, t in learned.items()}, [])
+        return {n: v for n, v in self.store.load_all(chosen.name, found).items() if isinstance(v, torch.Tensor)}
+
+
+def key_of(index: int) -> str:
+    """The name of a layer's files in the store."""
+    return f"layer-{index:05d}"

@@ -1,0 +1,95 @@
+"""LayerWork: one decoder layer as passes see it, with what reaches it on the calibration set."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.skeleton import Call
+from fourfold.core.quantization import LayerScheme
+from fourfold.formats import BlockTensor, get_format
+
+HIDDEN_DTYPE = torch.bfloat16  # of the states kept between layers: what the served model passes on
+
+
+@dataclass
+class LayerWork:
+    """A decoder layer in work. Passes change ``module`` in place and put finished weights into ``blocks``.
+
+    ``prefix`` is the layer's name in the checkpoint; ``linears`` are all its linear layers by module name;
+    ``schemes`` are those that the recipe rounds. ``inputs`` [B, T, H] come from the quantized layers before
+    this one, ``base_inputs`` from the original ones (None when no pass of the recipe asks for them).
+    ``calls`` holds the other arguments of the layer by batch size. ``learned`` is what the pass at work
+    learned beforehand over the whole model.
+    """
+
+    index: int
+    prefix: str
+    config: dict[str, Any]
+    module: nn.Module
+    linears: dict[str, CalibratedLinear]
+    schemes: dict[str, LayerScheme]
+    inputs: list[torch.Tensor]
+    base_inputs: list[torch.Tensor] | None
+    calls: dict[int, Call]
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)
+    blocks: dict[str, BlockTensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's weights are."""
+        return next(self.module.parameters()).device
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output [B, T, H] in float32 for one batch of its inputs."""
+        call = self.calls[len(hidden)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            out = self.module(hidden.to(self.device, torch.float32), *call.args, **call.kwargs)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    @torch.no_grad()
+    def outputs(self, inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The layer's outputs for ``inputs``, as they are kept between layers."""
+        return [self.forward(hidden).to(HIDDEN_DTYPE).to(hidden.device) for hidden in inputs]
+
+    @torch.no_grad()
+    def observe(
+        self,
+        names: Iterable[str],
+        see: Callable[[str, torch.Tensor], None],
+        inputs: Iterable[torch.Tensor] | None = None,
+    ) -> None:
+        """Run the layer over ``inputs`` (its own by default); ``see(name, x)`` gets the turned input [n, in]
+        of each linear layer of ``names``, before rounding.
+        """
+        watched = [(name, self.linears[name]) for name in names]
+        for name, linear in watched:
+            linear.observer = lambda x, name=name: see(name, x)
+        try:
+            for hidden in self.inputs if inputs is None else inputs:
+                self.forward(hidden)
+        finally:
+            for _, linear in watched:
+                linear.observer = None
+
+    def finish(self, name: str, blocks: BlockTensor) -> None:
+        """``blocks`` is the final weight of the linear layer ``name``, which computes with it from now on."""
+        self.blocks[name] = blocks
+        self.linears[name].weight.data.copy_(blocks.dequantize())
+
+    def round_rest(self, round_weight: Callable[[str, torch.Tensor, LayerScheme], BlockTensor]) -> None:
+        """Round what no pass has finished."""
+        for name, scheme in self.schemes.items():
+            if name not in self.blocks:
+                self.finish(name, round_weight(f"{name}.weight", self.linears[name].weight, scheme))
+
+    def serve(self) -> None:
+        """From now on inputs are rounded as the served model rounds them."""
+        for name, scheme in self.schemes.items():
+            linear = self.linears[name]
+            linear.activation = get_format(scheme.activation) if scheme.activation else None
+            linear.rounds_input = True
