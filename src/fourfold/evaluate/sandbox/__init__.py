@@ -1,0 +1,5 @@
+"""Running programs that nobody has read: each in a process of its own that may do next to nothing."""
+
+from fourfold.evaluate.sandbox.sandbox import DEFAULT_LIMITS, Limits, Verdict, probe, run_program
+
+__all__ = ["DEFAULT_LIMITS", "Limits", "Verdict", "probe", "run_program"]
