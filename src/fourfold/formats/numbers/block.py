@@ -134,6 +134,59 @@ class BlockFormat(ABC):
             scales, whole = whole, None
         return BlockTensor(self.name, blocks, scales, rule and rule.value, whole)
 
+    def whole_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What all of ``x`` [..., K] shares: nvfp4's global scale, fp8-tensor's only one; None elsewhere."""
+        return self._whole(self._runs(x))
+
+    def scales(
+        self, x: torch.Tensor, rule: ScaleRule | str | None = None, whole: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The scales alone of ``quantize(x, rule)``, as they are held; nvfp4's under the global scale
+        ``whole`` when it is given. Raises as ``quantize`` does.
+        """
+        layout, rule = self._checked(x, rule)
+        runs = self._runs(x)
+        whole = self._whole(runs) if whole is None else whole
+        own = self._encode(runs.float(), rule, whole)[1]
+        return whole if own is None else own.view(layout["scales"][0])  # pyright: ignore[reportReturnType]
+
+    def quantize_with_scales(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        global_scale: torch.Tensor | None = None,
+        rule: ScaleRule | str | None = None,
+    ) -> BlockTensor:
+        """``x`` [..., K] under the given ``scales`` (as ``BlockTensor`` holds them): each value goes to the
+        nearest element, and saturates. ``rule`` is only recorded. Raises as ``quantize`` does, and
+        FourfoldError for scales of another shape or type, and for values that are not finite.
+        """
+        layout, rule = self._checked(x, rule)
+        if (scales.shape, scales.dtype) != layout["scales"]:
+            raise FourfoldError(
+                f"Scales of {self.name} for a tensor of shape {list(x.shape)} must be "
+                f"{layout['scales'][1]} {list(layout['scales'][0])}, not {scales.dtype} {list(scales.shape)}."
+            )
+        if not x.isfinite().all():
+            raise FourfoldError(
+                f"Values that are not finite cannot be held in {self.name} under given scales."
+            )
+        multipliers = self.multipliers(scales, global_scale)
+        runs = self._runs(x)
+        own = multipliers.reshape(-1, 1).expand(len(runs), 1)
+        blocks = torch.empty(layout["blocks"][0], dtype=torch.uint8, device=x.device)
+        packed = blocks.view(len(runs), -1) if len(runs) else blocks
+        for part in parts(runs):
+            # a block whose scale is NaN holds zeros; what the scale makes infinite saturates
+            scaled = (runs[part].float() / own[part]).nan_to_num_(0, torch.inf, -torch.inf)
+            codes = self.element.encode(scaled)
+            packed[part] = pack(codes, self.element.bits)
+        return BlockTensor(self.name, blocks, scales, rule and rule.value, global_scale)
+
+    @abstractmethod
+    def multipliers(self, scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32, the shape of ``scales``: what an element of each block is multiplied by."""
+
     def dequantize(self, tensor: BlockTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values of ``tensor``, [..., K] in ``dtype``; computed in float32 and rounded once."""
         values = torch.empty(tensor.shape, dtype=dtype, device=tensor.blocks.device)

@@ -30,6 +30,10 @@ class MXFormat(BlockFormat):
     def _scales_layout(self, leading: list[int], width: int) -> Layout:
         return torch.Size([*leading, width // MX_BLOCK]), torch.uint8
 
+    def multipliers(self, scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``2^(scales - 127)``; NaN for 0xFF."""
+        return byte_to_scale(scales)
+
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

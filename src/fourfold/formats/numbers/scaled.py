@@ -40,6 +40,10 @@ class ScaledFormat(BlockFormat):
         count = width // self.block_size if self.block_size else 1
         return torch.Size([*leading, count]), HELD_IN[self.scale]
 
+    def multipliers(self, scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``scales`` in float32."""
+        return scales.float()
+
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,6 +107,11 @@ class TwoLevelFormat(ScaledFormat):
         amax = largest_magnitudes(runs)
         amax = amax.masked_fill_(~amax.isfinite(), 0).max()
         return (amax / (self.element.max * E4M3.max)).clamp_min_(SCALES["fp32"].smallest)
+
+    def multipliers(self, scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+        """``scales * global_scale``; 1 stands for a global scale that is not given."""
+        own = scales.view(torch.float8_e4m3fn).float()
+        return own if global_scale is None else own * global_scale
 
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
