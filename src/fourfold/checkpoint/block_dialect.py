@@ -10,12 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from fourfold.checkpoint.dialect import VALUE, Entry, Reading, module_of, plain_entry
+from fourfold.checkpoint.dialect import (
+    VALUE,
+    Entry,
+    Reading,
+    kv_cache_unsaid,
+    module_of,
+    plain_entry,
+)
+from fourfold.checkpoint.kv_scales import PER_HEAD
 from fourfold.checkpoint.layout import Layout, Load, assemble_blocks, block_entry, plan_blocks, store_blocks
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor, short
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.quantization import LayerScheme, Quantization
+from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
 from fourfold.formats import BlockTensor
 
 SCALE = "weight_scale"
@@ -34,7 +42,7 @@ class BlockDialect(ABC):
     writable: ClassVar[bool] = True
     layouts: ClassVar[Mapping[str, Layout]]
     kv_projections: ClassVar[Mapping[str, str]]
-    kv_shape: ClassVar[tuple[int, ...]]
+    kv_shapes: ClassVar[Mapping[KVCacheFormat, Callable[[int], tuple[int, ...]]]]
 
     def claims(self, quantization_config: dict[str, Any] | None) -> bool:
         """By quant_method."""
@@ -46,12 +54,12 @@ class BlockDialect(ABC):
         scheme_of, kv_cache = self.read_config(settings)
         layers: dict[str, LayerScheme] = {}
         entries: dict[str, Entry] = {}
-        kv_scales: dict[str, float] = {}
+        kv_scales: dict[str, torch.Tensor] = {}
         used: set[str] = set()
         for name, tensor in stored.items():
             module, _, suffix = name.rpartition(".")
             if (owner := self._kv_owner(name)) is not None:
-                kv_scales[owner] = _scalar(tensor, load)
+                kv_scales[owner] = _kv_scale(tensor, load, kv_cache)
             elif f"{module}.{SCALE}" not in stored:
                 entries[name] = plain_entry(tensor)
             elif module not in layers and suffix != SCALE:
@@ -98,11 +106,17 @@ class BlockDialect(ABC):
             return [value]
         return store_blocks(value, self.layouts[value.format], self.plan(info))
 
-    def kv_plan(self, module: str) -> PlannedTensor:
-        """The stored scale of a k_proj or v_proj."""
+    def check_kv_cache(self, form: KVCacheFormat) -> None:
+        """By the table of shapes."""
+        if form not in self.kv_shapes:
+            raise kv_cache_unsaid(self.name, form, self.kv_shapes)
+
+    def kv_plan(self, module: str, form: KVCacheFormat, count: int) -> PlannedTensor:
+        """The stored scales of a k_proj or v_proj."""
+        shape = self.kv_shapes[form](count)
         for projection, suffix in self.kv_projections.items():
             if module.endswith(projection):
-                return PlannedTensor(module.removesuffix(projection) + suffix, torch.float32, self.kv_shape)
+                return PlannedTensor(module.removesuffix(projection) + suffix, torch.float32, shape)
         raise FourfoldError(f"{module} is neither a k_proj nor a v_proj and has no KV scale.")
 
     def known(self, table: Mapping[str, Any], form: str, layer: str, what: str) -> None:
@@ -114,7 +128,7 @@ class BlockDialect(ABC):
             )
 
     @abstractmethod
-    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
+    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, KVCacheFormat | None]:
         """From a quantization_config: what gives a module its scheme, and the KV cache's format."""
 
     @abstractmethod
@@ -165,13 +179,16 @@ def texts(settings: dict[str, Any], key: str) -> list[str]:
     return value or []
 
 
-def _scalar(tensor: StoredTensor, load: Load) -> float:
-    if tensor.nbytes != tensor.dtype.itemsize or not tensor.dtype.is_floating_point:
+def _kv_scale(tensor: StoredTensor, load: Load, form: KVCacheFormat | None) -> torch.Tensor:
+    count = tensor.nbytes // tensor.dtype.itemsize
+    is_run = count == max(tensor.shape, default=1)
+    if not tensor.dtype.is_floating_point or not is_run or (count != 1 and form != PER_HEAD):
         raise FourfoldError(
             f"The KV scale '{short(tensor.name)}' in {tensor.path} has the shape {list(tensor.shape)}, but "
-            "Fourfold reads only one number for a whole cache. Start from the unquantized model."
+            "Fourfold reads one number for a whole cache, or one for each key head where config.json says "
+            "so. Start from the unquantized model."
         )
-    return float(load(tensor).float().reshape(()))
+    return load(tensor).float().reshape(-1)
 
 
 def _refuse_foreign(stored: dict[str, StoredTensor], entries: dict[str, Entry], used: set[str]) -> None:

@@ -20,7 +20,8 @@ class Checkpoint:
     """A model's configuration and tensors. Nothing is held open or mapped between calls.
 
     ``config`` is config.json without quantization_config; ``quantization`` is what that said. ``kv_scales``
-    maps k_proj and v_proj modules to the scale of an FP8 KV cache, where the checkpoint stores one.
+    maps k_proj and v_proj modules to the scale of an FP8 KV cache, where the checkpoint stores one: float32
+    [1], or [key heads] where ``quantization.kv_cache`` is ``fp8-head``.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Checkpoint:
         generation_config: dict[str, Any] | None = None,
         quantization: Quantization | None = None,
         manifest: Manifest | None = None,
-        kv_scales: dict[str, float] | None = None,
+        kv_scales: dict[str, torch.Tensor] | None = None,
         notes: list[str] | None = None,
     ):
         self.source, self.folder, self.dialect = source, folder, dialect

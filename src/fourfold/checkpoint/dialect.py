@@ -15,11 +15,12 @@ import torch
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import Quantization
+from fourfold.core.quantization import KVCacheFormat, Quantization
 from fourfold.core.registry import Registry
 from fourfold.formats import BlockTensor
 
 EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|relative_attention_bias)\.weight$")
+TOWER = re.compile(r"(^|_)(vision|visual|audio|image|speech)(_|$)|^vit$")  # a part of a module's name
 OUTPUT_HEAD = "lm_head"
 EXPERTS = ".experts"
 VALUE = "value"  # the only part of a tensor that is held as it is
@@ -38,11 +39,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a dialect understood of a folder: its scheme, its tensors, and the FP8 KV scales by module."""
+    """What a dialect understood of a folder: its scheme, its tensors, and the FP8 KV scales by module.
+
+    A KV scale is float32 [1], or [key heads] where the scheme says ``fp8-head``.
+    """
 
     quantization: Quantization
     entries: dict[str, Entry]
-    kv_scales: dict[str, float]
+    kv_scales: dict[str, torch.Tensor]
 
 
 class Dialect(Protocol):
@@ -84,8 +88,12 @@ class Dialect(Protocol):
         """The tensors of :meth:`plan`, in its order."""
         ...
 
-    def kv_plan(self, module: str) -> PlannedTensor:
-        """The stored scale of a k_proj or v_proj ``module`` for an FP8 KV cache."""
+    def check_kv_cache(self, form: KVCacheFormat) -> None:
+        """Raise UsageError when the dialect cannot say that the KV cache is held in ``form``."""
+        ...
+
+    def kv_plan(self, module: str, form: KVCacheFormat, count: int) -> PlannedTensor:
+        """The stored tensor of the ``count`` scales of a k_proj or v_proj ``module``."""
         ...
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
@@ -120,6 +128,20 @@ def get_writable(name: str) -> Dialect:
 def read_only(name: str) -> UsageError:
     """The error for writing in a dialect that is only read."""
     return UsageError(f"The dialect {name} is read only. Write compressed-tensors or quark.")
+
+
+def kv_cache_unsaid(dialect: str, form: KVCacheFormat, known: Collection[str]) -> UsageError:
+    """The error for a KV cache format that ``dialect``, which can say ``known``, has no words for."""
+    if form.startswith("mx"):
+        remedy = (
+            "It needs no calibration and nothing in a checkpoint: leave kv_cache out of the recipe, and "
+            f"choose it when the model runs, with --kv-cache {form}."
+        )
+    elif known:
+        remedy = f"Choose a recipe with kv_cache: {' or '.join(known)}, or --dialect compressed-tensors."
+    else:
+        remedy = "Choose --dialect compressed-tensors or quark, or a recipe without kv_cache."
+    return UsageError(f"The dialect {dialect} cannot say that the KV cache is {form}. {remedy}")
 
 
 def plain_entry(stored: StoredTensor) -> Entry:

@@ -9,16 +9,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from fourfold.checkpoint.dialect import Dialect, kept_linears
 from fourfold.checkpoint.folder import SINGLE
 from fourfold.checkpoint.storage.header import PlannedTensor
 from fourfold.checkpoint.tensors import TensorInfo
-from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import Quantization
 
 PLAIN = "plain"
-KV_FORMATS = (None, "fp8")
-CACHED_PROJECTIONS = (".k_proj.weight", ".v_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Shard:
 
 
 class CheckpointPlan:
-    """What will be stored and where: everything that follows from names, shapes, formats and the dialect."""
+    """What will be stored and where: everything that follows from names, shapes, formats and the dialect.
+
+    ``kv_scales`` holds what is stored beside each cached projection (``unit_scales`` if only shapes count).
+    """
 
     def __init__(
         self,
@@ -40,11 +43,11 @@ class CheckpointPlan:
         quantization: Quantization,
         tensors: list[TensorInfo],
         max_shard_bytes: int,
-        kv_scales: Mapping[str, float],
+        kv_scales: Mapping[str, torch.Tensor],
     ):
         self.dialect, self.tensors = dialect, tensors
         self.stored = {info.name: dialect.plan(info) for info in tensors}
-        self.kv = _plan_kv(dialect, quantization, tensors, kv_scales)
+        self.kv = _plan_kv(dialect, quantization, kv_scales)
         self.config = dialect.quantization_config(quantization, kept_linears(tensors))
         self.shards = self._split(max_shard_bytes)
         self._check_names()
@@ -102,19 +105,12 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _plan_kv(
-    dialect: Dialect, quantization: Quantization, tensors: list[TensorInfo], scales: Mapping[str, float]
-) -> dict[str, tuple[PlannedTensor, float]]:
-    """By the k_proj or v_proj weight that it goes with: the stored KV scale and its number."""
-    if quantization.kv_cache not in KV_FORMATS:
-        raise UsageError(
-            f"The KV cache format '{quantization.kv_cache}' cannot be stored. Choose fp8 or none."
-        )
-    if quantization.kv_cache is None:
+    dialect: Dialect, quantization: Quantization, scales: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+    """By the k_proj or v_proj weight that it goes with: the stored KV scale and its numbers."""
+    form = quantization.kv_cache
+    if form is None:
         return {}
-    modules = [i.name.removesuffix(".weight") for i in tensors if i.name.endswith(CACHED_PROJECTIONS)]
-    if not modules:
-        raise UsageError(
-            "The recipe asks for an FP8 KV cache, but the model has no k_proj and v_proj to put its scales "
-            "beside. Use a recipe without kv_cache."
-        )
-    return {m + ".weight": (dialect.kv_plan(m), scales.get(m, 1.0)) for m in modules}
+    dialect.check_kv_cache(form)
+    planned = {m: dialect.kv_plan(m, form, scale.numel()) for m, scale in scales.items()}
+    return {f"{m}.weight": (tensor, scales[m].reshape(tensor.shape)) for m, tensor in planned.items()}

@@ -12,6 +12,7 @@ import torch
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import get_dialect, kept_linears
 from fourfold.checkpoint.folder import CONFIG, read_model_config
+from fourfold.checkpoint.kv_scales import kv_scale_problems
 from fourfold.checkpoint.sources import QUANTIZATION_CONFIG, manifest_of, open_folder
 from fourfold.core.durable import sha256_of
 from fourfold.core.errors import FourfoldError, UsageError
@@ -54,6 +55,9 @@ def verify(folder: Path) -> VerifyReport:
         problems += _shape_problems(checkpoint)
         problems += _dtype_problems(checkpoint)
         problems += _config_problems(folder, checkpoint)
+        infos = [checkpoint.info(name) for name in checkpoint.names()]
+        form, scales = checkpoint.quantization.kv_cache, checkpoint.kv_scales
+        problems += kv_scale_problems(form, infos, checkpoint.config, scales)
         problems += _tensor_problems(checkpoint)
     except FourfoldError as error:
         problems.append(str(error))

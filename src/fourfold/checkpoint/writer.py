@@ -20,6 +20,7 @@ from fourfold.checkpoint.card import make_card
 from fourfold.checkpoint.dialect import get_writable
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
 from fourfold.checkpoint.journal import Journal
+from fourfold.checkpoint.kv_scales import calibrated_scales
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.tensors import TensorInfo
@@ -50,17 +51,18 @@ class ShardWriter:
         for planned, tensor in zip(stored, self._plan.dialect.store(info, value), strict=True):
             self._file.write(planned.name, tensor)
         if (scale := self._plan.kv.get(name)) is not None:
-            planned, number = scale
-            self._file.write(planned.name, torch.full(planned.shape, number, dtype=planned.dtype))
+            planned, numbers = scale
+            self._file.write(planned.name, numbers)
 
 
 class CheckpointWriter:
     """Writes ``out``. Shards are written in any order, each whole; ``finish`` makes the folder appear.
 
     ``tensors`` plans every logical tensor in order. ``fingerprint`` says what the numbers depend on (source,
-    recipe, …); a resumed run must bring the same. ``kv_scales`` maps k_proj and v_proj modules to calibrated
-    FP8 scales; 1.0 is stored where it says nothing. Raises UsageError for an existing ``out``, an interrupted
-    run without ``resume``, a fingerprint that differs, or a format the dialect cannot express.
+    recipe, …); a resumed run must bring the same. ``kv_scales`` maps k_proj and v_proj to calibrated FP8
+    scales, [1] or [key heads]; ``fp8`` stores 1.0 where it says nothing. Raises UsageError for an existing
+    ``out``, an interrupted run without ``resume``, a fingerprint that differs, or a format the dialect cannot
+    express.
     """
 
     def __init__(
@@ -74,14 +76,16 @@ class CheckpointWriter:
         fingerprint: dict[str, str],
         resume: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-        kv_scales: Mapping[str, float] | None = None,
+        kv_scales: Mapping[str, torch.Tensor] | None = None,
     ):
         refuse_existing(out)
         self.out, self.work = out, partial_folder(out)
         self.config, self.quantization = config, quantization
-        self.plan = CheckpointPlan(
-            get_writable(dialect), quantization, tensors, max_shard_bytes, kv_scales or {}
-        )
+        chosen = get_writable(dialect)
+        if quantization.kv_cache is not None:
+            chosen.check_kv_cache(quantization.kv_cache)
+        scales = calibrated_scales(quantization.kv_cache, tensors, config, kv_scales or {})
+        self.plan = CheckpointPlan(chosen, quantization, tensors, max_shard_bytes, scales)
         self.fingerprint = fingerprint | {
             "dialect": dialect,
             "layout": self.plan.digest(),

@@ -7,9 +7,9 @@ the parts of a fused layer. Source: the writers of compressed-tensors 0.20 and l
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,9 @@ from fourfold.checkpoint.dialects._targets import EXPRESSION, Targets
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.storage.header import short
 from fourfold.core.errors import FourfoldError
-from fourfold.core.quantization import LayerScheme, Quantization
+from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
+
+Name = TypeVar("Name", bound=str)
 
 VERSION = "0.20.0"  # of the library whose configuration this is
 PACKED, WEIGHT = "weight_packed", "weight"
@@ -111,7 +113,10 @@ ACTIVATIONS = {
     "fp8-token": Arguments("float", 8, "token"),
     "fp8-tensor": Arguments("float", 8, "tensor"),
 }
-KV_CACHE = {"fp8": Arguments("float", 8, "tensor")}
+KV_CACHE: dict[KVCacheFormat, Arguments] = {
+    "fp8": Arguments("float", 8, "tensor"),
+    "fp8-head": Arguments("float", 8, "attn_head"),
+}
 
 
 class CompressedTensors(BlockDialect):
@@ -121,9 +126,9 @@ class CompressedTensors(BlockDialect):
     method = "compressed-tensors"
     layouts = {form: storage.layout for form, storage in STORAGE.items()}
     kv_projections = {".k_proj": ".k_scale", ".v_proj": ".v_scale"}
-    kv_shape = (1,)
+    kv_shapes = {"fp8": lambda count: (count,), "fp8-head": lambda count: (count, 1, 1)}
 
-    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
+    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, KVCacheFormat | None]:
         """Groups with targets: a name, ``re:`` and an expression, or the class Linear."""
         _refuse_more_than_rounding(settings)
         rules = objects(objects(settings, OWN_KEY), "scale_rules")
@@ -229,7 +234,7 @@ def _read_group(name: str, group: object, rule: str | None, targets: Targets) ->
         targets.add(target, LayerScheme(weight=weight, activation=activation, scale_rule=rule))
 
 
-def _recognise(what: str, given: object, known: dict[str, Arguments], *, dynamic: bool) -> str:
+def _recognise(what: str, given: object, known: Mapping[Name, Arguments], *, dynamic: bool) -> Name:
     if (
         isinstance(given, dict)
         and given.get("symmetric", True) is True

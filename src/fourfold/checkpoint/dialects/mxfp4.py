@@ -13,7 +13,7 @@ import torch
 from fourfold.checkpoint.dialect import VALUE, Entry, Reading, plain_entry, read_only
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor, broken, short
 from fourfold.checkpoint.tensors import TensorInfo
-from fourfold.core.quantization import LayerScheme, Quantization
+from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
 from fourfold.formats import BlockTensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -63,7 +63,11 @@ class GptOss:
         """Refused: read only."""
         raise read_only(self.name)
 
-    def kv_plan(self, module: str) -> PlannedTensor:
+    def check_kv_cache(self, form: KVCacheFormat) -> None:
+        """Refused: read only."""
+        raise read_only(self.name)
+
+    def kv_plan(self, module: str, form: KVCacheFormat, count: int) -> PlannedTensor:
         """Refused: read only."""
         raise read_only(self.name)
 

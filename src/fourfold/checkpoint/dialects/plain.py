@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from fourfold.checkpoint.dialect import VALUE, Entry, Reading, plain_entry
+from fourfold.checkpoint.dialect import VALUE, Entry, Reading, kv_cache_unsaid, plain_entry
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import Quantization
+from fourfold.core.quantization import KVCacheFormat, Quantization
 from fourfold.formats import BlockTensor
 
 
@@ -52,12 +52,13 @@ class Plain:
         assert isinstance(value, torch.Tensor)
         return [value]
 
-    def kv_plan(self, module: str) -> PlannedTensor:
+    def check_kv_cache(self, form: KVCacheFormat) -> None:
         """A plain folder has no place for a KV format."""
-        raise UsageError(
-            "The dialect 'plain' cannot say that the KV cache is fp8. Choose --dialect compressed-tensors "
-            "or quark, or a recipe without kv_cache."
-        )
+        raise kv_cache_unsaid(self.name, form, ())
+
+    def kv_plan(self, module: str, form: KVCacheFormat, count: int) -> PlannedTensor:
+        """There is none."""
+        raise kv_cache_unsaid(self.name, form, ())
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """Always."""

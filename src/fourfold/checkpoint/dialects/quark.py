@@ -2,13 +2,15 @@
 
 The most common scheme is the global one; modules that differ are named in layer_quant_config, what is kept in
 exclude. An FP8 KV cache is said three times: export.kv_cache_group, layer_quant_config with output_tensors,
-and kv_cache_quant_config. Source: amd-quark 0.13, its file-to-file quantization and its safetensors export.
-MXFP8 and INT4 weights are not written, because Quark's own readers in vLLM take none.
+and kv_cache_quant_config. Its readers know one scale for a layer's keys and one for its values, no more, and
+apply them to rotated keys whatever kv_cache_post_rope says. Source: amd-quark 0.13, its file-to-file
+quantization and its safetensors export; vLLM's quark.py. MXFP8 and INT4 weights are not written, because
+Quark's own readers in vLLM take none.
 """
 
 import fnmatch
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,7 +27,9 @@ from fourfold.checkpoint.block_dialect import (
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.storage.header import short
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.quantization import LayerScheme, Quantization
+from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
+
+Name = TypeVar("Name", bound=str)
 
 VERSION = "0.13"  # of amd-quark, whose configuration this is
 KV_PATTERNS = ("*k_proj", "*v_proj")
@@ -53,7 +57,7 @@ ACTIVATIONS: dict[str, Spec] = {
     "fp8-tensor": ("fp8_e4m3", "per_tensor", None, None),
     "fp8-token": ("fp8_e4m3", "per_channel", 0, None),
 }
-KV_CACHE: dict[str, Spec] = {"fp8": ("fp8_e4m3", "per_tensor", None, None)}
+KV_CACHE: dict[KVCacheFormat, Spec] = {"fp8": ("fp8_e4m3", "per_tensor", None, None)}
 OBSERVERS = {
     "per_group": "PerBlockMXObserver",
     "per_tensor": "PerTensorMinMaxObserver",
@@ -74,9 +78,9 @@ class Quark(BlockDialect):
         "fp8-channel": Layout(E4M3, Field(SCALE, torch.float32, ndim=1)),
     }
     kv_projections = {projection: f"{projection}.output_scale" for projection in (".k_proj", ".v_proj")}
-    kv_shape = ()
+    kv_shapes = {"fp8": lambda count: ()}
 
-    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, str | None]:
+    def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, KVCacheFormat | None]:
         """The first pattern of layer_quant_config that fits a module, else the global scheme."""
         if objects(settings, "export").get("weight_format", "real_quantized") != "real_quantized":
             raise FourfoldError(
@@ -220,7 +224,7 @@ def _read_layer(name: str, layer: object, rule: object) -> LayerScheme:
     return LayerScheme(weight=form, activation=activation, scale_rule=rule)
 
 
-def _read_kv(settings: dict[str, Any]) -> str | None:
+def _read_kv(settings: dict[str, Any]) -> KVCacheFormat | None:
     layers = objects(settings, "kv_cache_quant_config") or objects(settings, "layer_quant_config")
     group = texts(objects(settings, "export"), "kv_cache_group")
     for pattern, layer in layers.items():
@@ -254,7 +258,7 @@ def _written(spec: Spec, *, dynamic: bool, rule: str | None) -> dict[str, Any]:
     }
 
 
-def _recognise(what: str, given: object, known: dict[str, Spec], *, dynamic: bool) -> str:
+def _recognise(what: str, given: object, known: Mapping[Name, Spec], *, dynamic: bool) -> Name:
     if isinstance(given, dict) and bool(given.get("is_dynamic")) == dynamic:
         key = (given.get("dtype"), given.get("qscheme"), given.get("group_size"))
         for form, (dtype, scheme, _, group) in known.items():
