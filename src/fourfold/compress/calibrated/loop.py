@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.rotation import rotation_of
@@ -103,6 +104,7 @@ class LayerLoop:
             inputs=self._inputs,
             base_inputs=self._base_inputs,
             calls={size: calls[index] for size, calls in self._calls.items()},
+            dtypes=self._stored_dtypes(index, module),
         )
 
     def run_passes(self, work: LayerWork) -> None:
@@ -136,6 +138,14 @@ class LayerLoop:
             linear: CalibratedLinear = work.linears[name]
             linear.rotation = rotation_of(scheme, values.get(f"{name}.input_rotation"), work.device)
             linear.rounds_input = True
+
+    def _stored_dtypes(self, index: int, module: nn.Module) -> dict[str, torch.dtype]:
+        inside = f"{self.skeleton.layers_name}.{index}."
+        infos = {
+            name: self.model.entries[logical_name(inside + name, self.model)].info
+            for name, _ in module.named_parameters()
+        }
+        return {name: info.dtype for name, info in infos.items() if info.dtype is not None}
 
     def _parameters(self, work: LayerWork) -> dict[str, torch.Tensor]:
         inside = f"{self.skeleton.layers_name}.{work.index}."

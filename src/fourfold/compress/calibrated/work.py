@@ -22,8 +22,9 @@ class LayerWork:
     ``prefix`` is the layer's name in the checkpoint; ``linears`` are all its linear layers by module name;
     ``schemes`` are those that the recipe rounds. ``inputs`` [B, T, H] come from the quantized layers before
     this one, ``base_inputs`` from the original ones (None when no pass of the recipe asks for them).
-    ``calls`` holds the other arguments of the layer by batch size. ``learned`` is what the pass at work
-    learned beforehand over the whole model.
+    ``calls`` holds the other arguments of the layer by batch size. ``dtypes``, by a parameter's name in
+    ``module``, says what it is stored as where it is not rounded to blocks. ``learned`` is what the pass at
+    work learned beforehand over the whole model.
     """
 
     index: int
@@ -35,6 +36,7 @@ class LayerWork:
     inputs: list[torch.Tensor]
     base_inputs: list[torch.Tensor] | None
     calls: dict[int, Call]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: dict[str, BlockTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
