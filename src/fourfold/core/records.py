@@ -65,6 +65,58 @@ class TextQuality(Record):
     top1_agreement: Estimate | None = Field(
         default=None, description="share of tokens with the same argmax, 0..1"
     )
+    tail_tokens: int | None = Field(
+        default=None, description="how many of the scored tokens are the rarest tenth"
+    )
+    tail_loss: Estimate | None = Field(default=None, description="mean loss on the rarest tenth, nats")
+    tail_loss_base: Estimate | None = None
+    tail_loss_increase: Estimate | None = Field(
+        default=None, description="tail_loss - tail_loss_base, paired as perplexity_ratio is"
+    )
+
+
+class PositionLoss(Record):
+    """Loss where ``start`` to ``end - 1`` tokens stand before the predicted one; nats per token."""
+
+    start: int
+    end: int
+    tokens: int
+    loss: Estimate
+    loss_base: Estimate | None = None
+    loss_increase: Estimate | None = Field(default=None, description="loss - loss_base, paired")
+
+
+class LinearError(Record):
+    """What rounding did to one quantized weight: its distance from the base's, over the base's size."""
+
+    name: str
+    layer: int | None = Field(description="the decoder layer it is in, if any")
+    format: str
+    relative_error: float = Field(description="|W_q - W| / |W|, Frobenius")
+    sqnr_db: float | None = Field(description="-20 log10(relative_error); None when there is no error")
+
+
+class LayerError(Record):
+    """What one decoder layer contributes, and what has built up behind it; over all scored tokens."""
+
+    layer: int
+    own_error: float = Field(
+        description="|h' - h| / |h| after this layer, when it alone is the model's and all before it the base's"
+    )
+    built_up_error: float = Field(description="|h_q - h| / |h| after this layer, all layers the model's")
+    kl_divergence: Estimate = Field(
+        description="mean KL(base || base with only this layer the model's), nats per token"
+    )
+
+
+class LayerPicture(Record):
+    """Where the damage is: per decoder layer and per quantized linear."""
+
+    window_tokens: int
+    windows: int
+    layers: list[LayerError]
+    linears: list[LinearError]
+    notes: list[str] = []
 
 
 class GateResult(Record):
@@ -90,6 +142,47 @@ class EvaluationRecord(Record):
     method: str = Field(default="", description="how windows were cut and intervals were made, in words")
     window_tokens: int
     max_tokens_per_text: int | None = Field(default=None, description="None: texts were read whole")
+    positions: list[PositionLoss] = Field(default=[], description="by context, of the task longcontext")
+    layers: LayerPicture | None = None
+    machine: Machine
+
+
+class Score(Record):
+    """One figure of a task that asks a served model questions."""
+
+    name: str = Field(description="what a gate names: pass@1, or task/metric")
+    value: Estimate
+    higher_is_better: bool = True
+    questions: int
+
+
+class Attempt(Record):
+    """One answer to one question, and how it was judged."""
+
+    question: str
+    sample: int
+    passed: bool
+    reason: str
+    answer: str
+
+
+class ScoresRecord(Record):
+    """The result of ``fourfold evaluate`` for a task over HTTP: humaneval, lm-eval."""
+
+    kind: Literal["fourfold.scores/1"] = "fourfold.scores/1"
+    created: str
+    target: str = Field(description="base URL, or the model folder that was served for the task")
+    model_name: str = Field(description="the name the server answers to")
+    model: ModelCard | None = Field(
+        default=None, description="None when the server does not say what it serves"
+    )
+    task: str
+    scores: list[Score]
+    gates: list[GateResult] = []
+    attempts: list[Attempt] = []
+    settings: dict[str, str | int | float | None] = {}
+    method: str = ""
+    notes: list[str] = []
     machine: Machine
 
 

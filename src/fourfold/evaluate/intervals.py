@@ -14,6 +14,7 @@ narrow. The interval speaks of more text of the same kinds, not of other kinds.
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +50,22 @@ def mean_per_token(sums: list[np.ndarray], tokens: list[np.ndarray]) -> Mean:
     return Mean(value, math.sqrt(variance), degrees, total)
 
 
+def mean_of(texts: Sequence[Sequence[np.ndarray]]) -> Mean:
+    """Mean over tokens given token by token: for each text its windows, for each window an array of values."""
+    sums = [np.array([values.sum() for values in windows], float) for windows in texts]
+    return mean_per_token(sums, [np.array([len(values) for values in windows]) for windows in texts])
+
+
 def _stratum_variance(residuals: np.ndarray) -> float:
     """Variance of the sum of one text's residuals."""
     return len(residuals) * float(np.var(residuals, ddof=1))
+
+
+def symmetric(mean: Mean, least: float = -math.inf) -> Estimate:
+    """The mean itself with its plain interval, which ends at ``least`` where nothing can be below."""
+    return Estimate(
+        value=mean.value, low=max(mean.value - mean.reach, least), high=max(mean.value + mean.reach, least)
+    )
 
 
 def exponential(mean: Mean) -> Estimate:

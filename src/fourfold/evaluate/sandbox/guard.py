@@ -108,7 +108,11 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
         return []
     walls = ["no network", "no other processes in sight"]
     with contextlib.suppress(OSError):
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
         if read_only_files(libc, disk_bytes):

@@ -1,0 +1,101 @@
+"""A model behind an OpenAI-compatible URL: its name, its card if it tells one, and completions from it."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+
+from fourfold.core.errors import FourfoldError
+from fourfold.core.records import ModelCard
+
+LONGEST_ANSWER_S = 600.0
+CONTEXT_FULL = ("context_length", "context length", "maximum context", "too long")
+
+
+class Endpoint:
+    """One of the models of a server, by default its first. Raises FourfoldError when none answers."""
+
+    def __init__(self, url: str, model: str | None = None, headers: dict[str, str] | None = None):
+        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        self.client = httpx.Client(timeout=httpx.Timeout(10.0, read=LONGEST_ANSWER_S), headers=headers)
+        entries = self._models()
+        names = [str(entry.get("id")) for entry in entries]
+        if model is not None and model not in names:
+            raise FourfoldError(f"{self.url} does not serve '{model}'; it serves: {', '.join(names)}.")
+        entry = entries[names.index(model) if model else 0]
+        self.model_name = str(entry.get("id"))
+        self.card = _card(entry)
+
+    def complete(self, prompt: str, **fields: Any) -> list[str] | None:
+        """The texts that follow ``prompt``, one per choice; None when it does not fit the model's context.
+
+        ``fields`` are those of `POST /v1/completions`. Raises FourfoldError for any other refusal.
+        """
+        body = {"model": self.model_name, "prompt": prompt} | fields
+        try:
+            response = self.client.post(f"{self.url}/v1/completions", json=body)
+            if response.status_code == 400 and any(w in response.text.lower() for w in CONTEXT_FULL):
+                return None
+            if response.is_error:
+                raise FourfoldError(
+                    f"{self.url}/v1/completions refused (HTTP {response.status_code}): {_said(response)}"
+                )
+            choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
+            return [str(choice["text"]) for choice in choices]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(
+                f"{self.url} broke off or answered no completion ({type(error).__name__}: {error}). Look at "
+                "the server's log and run the same command again."
+            ) from error
+
+    def complete_all(
+        self,
+        prompts: Sequence[str],
+        concurrency: int,
+        done: Callable[[int], None],
+        **fields: Any,
+    ) -> list[list[str] | None]:
+        """``complete`` for every prompt, ``concurrency`` at a time; the first error ends it all."""
+        results: list[list[str] | None] = []
+        with ThreadPoolExecutor(concurrency) as pool:
+            futures = [pool.submit(self.complete, prompt, **fields) for prompt in prompts]
+            try:
+                for future in futures:
+                    results.append(future.result())
+                    done(len(results))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return results
+
+    def _models(self) -> list[dict[str, Any]]:
+        try:
+            response = self.client.get(f"{self.url}/v1/models")
+            response.raise_for_status()
+            entries = response.json()["data"]
+            if not entries or not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError("no model is listed")
+            return entries
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(
+                f"No OpenAI-compatible server answers at {self.url} ({type(error).__name__}: {error}). "
+                "Start one with `fourfold serve MODEL`, or give the address it printed."
+            ) from error
+
+
+def _card(entry: dict[str, Any]) -> ModelCard | None:
+    """The card that a Fourfold server attaches; nothing is invented for other servers."""
+    try:
+        return ModelCard.model_validate(entry["fourfold"]) if "fourfold" in entry else None
+    except ValidationError:
+        return None
+
+
+def _said(response: httpx.Response) -> str:
+    """A server's error message in one line."""
+    try:
+        return str(response.json()["error"]["message"])[:300]
+    except (ValueError, LookupError, TypeError):
+        return " ".join(response.text.split())[:300]
