@@ -62,6 +62,11 @@ def test_its_own_scales_give_the_same_bytes(name):
     expected = form.quantize(x)
     scales = form.scales(x)
     assert torch.equal(scales.float(), expected.scales.float())
+    multipliers = form.multipliers(scales, expected.global_scale)
+    again = form.nearest_scales(multipliers * 1.01, expected.global_scale)
+    torch.testing.assert_close(
+        form.multipliers(again, expected.global_scale), multipliers, rtol=0.011, atol=0
+    )
     given = form.quantize_with_scales(x, scales, expected.global_scale)
     assert torch.equal(given.blocks, expected.blocks)
     assert torch.equal(given.dequantize(), expected.dequantize())

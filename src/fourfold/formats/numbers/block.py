@@ -187,6 +187,14 @@ class BlockFormat(ABC):
     def multipliers(self, scales: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
         """Float32, the shape of ``scales``: what an element of each block is multiplied by."""
 
+    @abstractmethod
+    def nearest_scales(
+        self, multipliers: torch.Tensor, global_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The scales, as they are held, nearest to positive finite float32 ``multipliers`` (powers of two: on
+        a logarithmic scale).
+        """
+
     def dequantize(self, tensor: BlockTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values of ``tensor``, [..., K] in ``dtype``; computed in float32 and rounded once."""
         values = torch.empty(tensor.shape, dtype=dtype, device=tensor.blocks.device)

@@ -34,6 +34,12 @@ class MXFormat(BlockFormat):
         """``2^(scales - 127)``; NaN for 0xFF."""
         return byte_to_scale(scales)
 
+    def nearest_scales(
+        self, multipliers: torch.Tensor, global_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """E8M0 bytes of the nearest powers of two."""
+        return multipliers.log2().round_().clamp_(-127, 127).add_(127).to(torch.uint8)
+
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,12 @@ class ScaledFormat(BlockFormat):
         """``scales`` in float32."""
         return scales.float()
 
+    def nearest_scales(
+        self, multipliers: torch.Tensor, global_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``multipliers`` in the type that holds them."""
+        return self._hold(multipliers)
+
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -112,6 +118,13 @@ class TwoLevelFormat(ScaledFormat):
         """``scales * global_scale``; 1 stands for a global scale that is not given."""
         own = scales.view(torch.float8_e4m3fn).float()
         return own if global_scale is None else own * global_scale
+
+    def nearest_scales(
+        self, multipliers: torch.Tensor, global_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """E4M3 bytes of ``multipliers / global_scale``."""
+        own = multipliers if global_scale is None else multipliers / global_scale
+        return self._hold(own).view(torch.uint8)
 
     def _encode(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
