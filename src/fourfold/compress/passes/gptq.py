@@ -1,27 +1,265 @@
 """GPTQ: round column by column, and let the columns not yet rounded make up for each error.
 
-With inputs X [n, in], H = X^T X / n + damping, and U the upper Cholesky factor of H^-1, rounding column j with
-the error e_j = (w_j - q_j) / U_jj changes the later columns by -e_j U_j,j+1.. (Frantar et al., arXiv:2210.17323).
+With inputs X [n, in] as the served model multiplies them, H = X^T X / n + damping, and U the upper Cholesky
+factor of H^-1, rounding column j with the error e_j = (w_j - q_j) / U_jj changes each later column k by
+-e_j U_jk (Frantar et al., arXiv:2210.17323). ``asymmetric`` also makes up for what the rounding of earlier
+layers changed in the inputs: with X0 the same tokens' inputs in the original model, column k further changes by
+w_j P_jk, where P = triu((X0 - X)^T X U^T / n, 1) U / 4, as in GPTAQ (Li et al., arXiv:2504.02692).
 
-Block formats share a scale among 32 columns. The scale of a block is taken when its first column is reached,
-from the weights as they then are, errors of all blocks before it included. ``order: activation`` works through
-whole blocks, those with the largest activations first, so that blocks stay as they are stored and no reader
-needs to know of the order. The price of GPTQ is one more run of the layer and a Cholesky factor per distinct
-input; linear layers that share an input share both.
+Block formats share a scale among neighbouring columns. A block's scale is taken when its first column is
+reached, from the weights as they then are. ``order: activation`` works through whole blocks, those with the
+largest inputs first, so that blocks stay as they are stored and no reader needs to know of the order.
+
+Price: two more runs of the layer (four with ``asymmetric``), and per distinct input two [in, in] matrices and a
+Cholesky factor; linear layers that share an input share them.
 """
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 
 from fourfold.compress.calibrated.work import LayerWork
+from fourfold.compress.passes.rtn import check_finite
 from fourfold.compress.pipeline import Pass
+from fourfold.core.errors import FourfoldError
+from fourfold.core.quantization import LayerScheme
 from fourfold.core.records import Record
+from fourfold.formats import BlockFormat, BlockTensor, get_format
+
+COLUMNS_AT_ONCE = 128  # later columns are updated once per so many
 
 
 class Options(Record):
-    """``damping`` is a share of the mean diagonal of H."""
+    """``damping`` is a share of the mean diagonal of H, tenfold each time H is not positive definite."""
 
     damping: float = Field(0.01, gt=0, le=1)
     order: Literal["natural", "activation"] = "activation"
+    asymmetric: bool = True
+    asymmetry: float = Field(0.25, ge=0, le=1)
+    staged: bool = True
+    search: bool = True
+
+
+@dataclass
+class Statistics:
+    """Of one input: H [in, in], and D = (X0 - X)^T X [in, in] of its shift; sums over tokens."""
+
+    hessian: torch.Tensor
+    shift: torch.Tensor | None
+    tokens: int = 0
+
+
+def round_layer(work: LayerWork, options: Options) -> None:
+    """Round every linear layer of the scheme. Raises FourfoldError that names a layer whose H is not finite."""
+    stages = staged(work) if options.staged else [list(work.schemes)]
+    for names in stages:
+        shared = shared_inputs(work, names)
+        statistics = collect(work, list(shared), options)
+        for first, together in shared.items():
+            round_together(work, together, statistics[first], options)
+
+
+def staged(work: LayerWork) -> list[list[str]]:
+    """The linear layers in the order in which the layer's data reaches them, those without a path together."""
+    order: list[str] = []
+    work.observe(work.schemes, lambda name, x: order.append(name), work.inputs[:1])
+    stages: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*order, *work.schemes]):
+        leaf = name.rpartition(".")[2]
+        key = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", "w3": "w1"}.get(leaf, leaf)
+        stages.setdefault(key, []).append(name)
+    return list(stages.values())
+
+
+def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
+    """``names`` put together where their inputs are equal, under the first of each."""
+    seen: dict[str, torch.Tensor] = {}
+    shared: dict[str, list[str]] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        scheme = work.schemes[name]
+        for first, other in seen.items():
+            if scheme == work.schemes[first] and x.shape == other.shape and torch.equal(x, other):
+                shared[first].append(name)
+                return
+        seen[name], shared[name] = x, [name]
+
+    work.observe(names, see, work.inputs[:1])
+    for name in names:
+        if not any(name in together for together in shared.values()):
+            shared[name] = [name]
+    return shared
+
+
+def collect(work: LayerWork, names: list[str], options: Options) -> dict[str, Statistics]:
+    """H and D of each of ``names`` over the calibration set, as means over tokens."""
+    found: dict[str, Statistics] = {}
+    for batch, hidden in enumerate(work.inputs):
+        base: dict[str, torch.Tensor] = {}
+        if options.asymmetric:
+            assert work.base_inputs is not None
+            work.observe(names, base.__setitem__, [work.base_inputs[batch]])
+
+        def see(name: str, x: torch.Tensor, base: dict[str, torch.Tensor] = base) -> None:
+            served = work.linears[name].as_served(x).float()
+            add(found, name, served, base.get(name))
+
+        work.observe(names, see, [hidden])
+    for statistics in found.values():
+        statistics.hessian /= statistics.tokens
+        if statistics.shift is not None:
+            statistics.shift /= statistics.tokens
+    return found
+
+
+def add(found: dict[str, Statistics], name: str, x: torch.Tensor, base: torch.Tensor | None) -> None:
+    """Count the inputs ``x`` [n, in] of ``name``; ``base`` are the same tokens' in the original model."""
+    width = x.shape[-1]
+    if name not in found:
+        found[name] = Statistics(x.new_zeros(width, width), None)
+    statistics = found[name]
+    statistics.tokens += len(x)
+    statistics.hessian.addmm_(x.T, x)
+    if base is not None and base.shape == x.shape:
+        if statistics.shift is None:
+            statistics.shift = torch.zeros_like(statistics.hessian)
+        statistics.shift.addmm_((base.float() - x).T, x)
+
+
+def round_together(work: LayerWork, names: list[str], statistics: Statistics, options: Options) -> None:
+    """Round linear layers that share an input and a scheme."""
+    for name in names:
+        check_finite(f"{name}.weight", work.linears[name].weight)
+    weight = torch.cat([work.linears[name].weight for name in names])
+    rounded = gptq(names[0], weight, work.schemes[names[0]], statistics, options)
+    start = 0
+    for name in names:
+        end = start + len(work.linears[name].weight)
+        work.finish(name, rows_of(rounded, start, end))
+        start = end
+
+
+def rows_of(tensor: BlockTensor, start: int, end: int) -> BlockTensor:
+    """Rows ``start`` to ``end`` of ``tensor``; a scale of the whole tensor is shared."""
+    scales = tensor.scales[start:end] if tensor.scales.ndim else tensor.scales
+    return replace(tensor, blocks=tensor.blocks[start:end], scales=scales)
+
+
+def gptq(
+    name: str, weight: torch.Tensor, scheme: LayerScheme, statistics: Statistics, options: Options
+) -> BlockTensor:
+    """``weight`` [out, in] rounded to the scheme's format."""
+    block_format = get_format(scheme.weight)
+    size = block_format.block_size or weight.shape[-1]
+    order = block_order(statistics.hessian.diagonal(), size, options)
+    hessian = statistics.hessian[order][:, order]
+    factor = inverse_factor(name, hessian, options.damping)
+    pull = None
+    if statistics.shift is not None:
+        shift = statistics.shift[order][:, order]
+        pull = options.asymmetry * (shift @ factor.T).triu_(1) @ factor
+    grid = Grid(block_format, scheme.scale_rule, block_format.whole_scale(weight), options.search)
+    values, scales = sweep(weight.T[order].float().contiguous(), factor, pull, size, grid)
+    back = torch.argsort(order)
+    stored = scales[0] if len(scales) == 1 else torch.cat([scales[i] for i in back[::size] // size], -1)
+    return block_format.quantize_with_scales(
+        values[back].T.contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
+    )
+
+
+@dataclass
+class Grid:
+    """The values that a block of columns may take."""
+
+    block_format: BlockFormat
+    rule: str | None
+    whole: torch.Tensor | None
+    search: bool
+
+    def scales(self, columns: torch.Tensor, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scales of ``columns`` [block, out] as they are held, and what they multiply by [out].
+
+        With ``search`` the one of three neighbours that leaves the least error, each column's error counted
+        by its ``pivots`` as GPTQ's loss counts it.
+        """
+        rows = columns.T.contiguous()
+        held = self.block_format.scales(rows, self.rule, self.whole)
+        if not self.search or not held.ndim:
+            return held, self._multipliers(held, len(rows))
+        start = self._multipliers(held, len(rows))
+        best, best_error = start, torch.full_like(start, torch.inf)
+        for factor in (1.0, 2.0, 0.5) if self.block_format.scale == "e8m0" else (1.0, 0.95, 0.9, 0.85, 0.8):
+            tried = self.block_format.nearest_scales((start * factor)[:, None], self.whole)
+            multiplier = self._multipliers(tried, len(rows))
+            error = ((self.round(columns, multiplier) - columns) / pivots[:, None]).square().sum(0)
+            better = error < best_error
+            best, best_error = torch.where(better, multiplier, best), torch.where(better, error, best_error)
+        return self.block_format.nearest_scales(best[:, None], self.whole), best
+
+    def round(self, columns: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+        """``columns`` [..., out] at the nearest values under ``multiplier`` [out]."""
+        return self.block_format.element.round(columns / multiplier).mul_(multiplier)
+
+    def whole_if_two_levels(self) -> torch.Tensor | None:
+        """The global scale that is stored beside block scales."""
+        return self.whole if self.block_format.block_size else None
+
+    def _multipliers(self, held: torch.Tensor, rows: int) -> torch.Tensor:
+        return self.block_format.multipliers(held, self.whole_if_two_levels()).reshape(-1).expand(rows)
+
+
+def sweep(
+    w: torch.Tensor, factor: torch.Tensor, pull: torch.Tensor | None, size: int, grid: Grid
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Round ``w`` [in, out] row by row (columns of the weight); returns its values and each block's scales."""
+    scales: list[torch.Tensor] = []
+    multiplier = w[0]
+    pivots = factor.diagonal()
+    for begin in range(0, len(w), COLUMNS_AT_ONCE):
+        end = min(begin + COLUMNS_AT_ONCE, len(w))
+        errors, before = torch.empty_like(w[begin:end]), w[begin:end].clone()
+        for j in range(begin, end):
+            if j % size == 0:
+                held, multiplier = grid.scales(w[j : j + size], pivots[j : j + size])
+                scales.append(held)
+            before[j - begin] = w[j]
+            w[j] = grid.round(w[j], multiplier)
+            error = (before[j - begin] - w[j]).div_(pivots[j])
+            errors[j - begin] = error
+            w[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+            if pull is not None:
+                w[j + 1 : end].addr_(pull[j, j + 1 : end], before[j - begin])
+        w[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+        if pull is not None:
+            w[end:].addmm_(pull[begin:end, end:].T, before)
+    return w, scales
+
+
+def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Tensor:
+    """Column numbers, whole blocks at a time: as they are, or the block with the largest inputs first."""
+    columns = torch.arange(len(diagonal), device=diagonal.device).view(-1, size)
+    if options.order == "natural":
+        return columns.flatten()
+    return columns[diagonal.view(-1, size).sum(-1).argsort(descending=True, stable=True)].flatten()
+
+
+def inverse_factor(name: str, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped ``hessian`` [in, in]."""
+    if not hessian.isfinite().all():
+        raise FourfoldError(f"The inputs of {name} are not finite.")
+    mean = hessian.diagonal().mean()
+    while damping <= 1:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+    raise FourfoldError(f"The Hessian of {name} is not positive definite.")
+
+
+PASS = Pass("gptq", "round", layer=round_layer, options=Options, needs_base=True)

@@ -37,6 +37,12 @@ def round_weight(name: str, entry: Entry, scheme: LayerScheme) -> BlockTensor:
 
 def round_to_nearest(name: str, weight: torch.Tensor, scheme: LayerScheme) -> BlockTensor:
     """``weight`` [out, in] in the scheme's format. Raises FourfoldError when it holds NaN or Inf."""
+    check_finite(name, weight)
+    return get_format(scheme.weight).quantize(weight, scheme.scale_rule)
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raise FourfoldError that names the weight when it holds NaN or Inf."""
     low, high = weight.aminmax()
     # NaN spreads to both, so one pass finds all that is not finite
     if not (low.isfinite() and high.isfinite()):
@@ -45,7 +51,6 @@ def round_to_nearest(name: str, weight: torch.Tensor, scheme: LayerScheme) -> Bl
             f"damaged or the model diverged: fetch it again, or add a `keep` entry '{module_of(name)}' to "
             "the recipe."
         )
-    return get_format(scheme.weight).quantize(weight, scheme.scale_rule)
 
 
 PASS = Pass("rtn", "round", apply=round_model)
