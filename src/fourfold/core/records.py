@@ -101,9 +101,9 @@ class LayerError(Record):
 
     layer: int
     own_error: float = Field(
-        description="|h' - h| / |h| after this layer, when it alone is the model's and all before it the base's"
+        description="mean over tokens of |h' - h| / |h| after this layer, if it alone is the model's"
     )
-    built_up_error: float = Field(description="|h_q - h| / |h| after this layer, all layers the model's")
+    built_up_error: float = Field(description="the same, all layers the model's")
     kl_divergence: Estimate = Field(
         description="mean KL(base || base with only this layer the model's), nats per token"
     )

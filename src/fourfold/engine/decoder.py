@@ -194,9 +194,17 @@ class Decoder:
 
     def hidden(self, token_ids: Tensor, attention: Attention) -> Tensor:
         """Float32 states [T, hidden] before the last norm, for ids [T] standing at attention.positions."""
-        x = F.embedding(token_ids, self.embedding).float()
+        return self.through(self.embed(token_ids), attention, 0, len(self.layers))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Float32 states [T, hidden] before the first layer."""
+        return F.embedding(token_ids, self.embedding).float()
+
+    def through(self, x: Tensor, attention: Attention, first: int, end: int) -> Tensor:
+        """States x [T, hidden] after layers ``first`` to ``end - 1``, changed in place."""
         angles = self.rotary.at(attention.positions)
-        for index, layer in enumerate(self.layers):
+        for index in range(first, end):
+            layer = self.layers[index]
             x.add_(layer.attention(layer.attention_norm(x), index, angles, attention))
             x.add_(layer.mlp(layer.mlp_norm(x)))
         return x

@@ -42,8 +42,8 @@ class Endpoint:
                 raise FourfoldError(
                     f"{self.url}/v1/completions refused (HTTP {response.status_code}): {_said(response)}"
                 )
-            choices = sorted(response.json()["choices"], key=lambda choice: choice["index"])
-            return [str(choice["text"]) for choice in choices]
+            texts = {int(choice["index"]): str(choice["text"]) for choice in response.json()["choices"]}
+            return [texts[index] for index in range(fields.get("n", 1))]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise FourfoldError(
                 f"{self.url} broke off or answered no completion ({type(error).__name__}: {error}). Look at "

@@ -51,7 +51,7 @@ def mean_per_token(sums: list[np.ndarray], tokens: list[np.ndarray]) -> Mean:
 
 
 def mean_of(texts: Sequence[Sequence[np.ndarray]]) -> Mean:
-    """Mean over tokens given token by token: for each text its windows, for each window an array of values."""
+    """Mean over tokens: for each text its windows, for each window an array of its tokens' values."""
     sums = [np.array([values.sum() for values in windows], float) for windows in texts]
     return mean_per_token(sums, [np.array([len(values) for values in windows]) for windows in texts])
 

@@ -6,8 +6,8 @@ merges from the commonest on. A scored token's rank is the share of scored token
 tail is rank < 0.1, so whole kinds of tokens, rarest first, until they are a tenth of what is scored.
 
 This needs nothing but the texts and the tokenizer: every model with that tokenizer is judged on the same
-tokens, whatever its base. Price: a few thousand tokens of text know little of what is rare in the language; most
-of such a tail is tokens that occur once.
+tokens, whatever its base. Price: a few thousand tokens of text know little of what is rare in the language;
+most of such a tail is tokens that occur once.
 """
 
 from collections.abc import Iterable

@@ -85,7 +85,7 @@ def _score_rows(
     log_p = torch.log_softmax(logits, dim=-1)
     loss = _loss(log_p, targets)
     if logits_base is None:
-        return loss, *(torch.zeros_like(loss) for _ in range(3))
+        return loss, torch.zeros_like(loss), torch.zeros_like(loss), torch.zeros_like(loss)
     log_base = torch.log_softmax(logits_base, dim=-1)
     divergence = (log_base.exp() * (log_base - log_p)).sum(dim=-1).double()
     agreed = (logits.argmax(dim=-1) == logits_base.argmax(dim=-1)).double()

@@ -39,7 +39,7 @@ class Measure(Protocol):
         max_tokens_per_text: int | None,
         progress: Progress,
     ) -> Measured:
-        """``window_tokens`` None: the task's own choice. ``progress(done, total)`` is told of every window."""
+        """``window_tokens`` None: the task's choice. ``progress(done, total)`` is told of every window."""
         ...
 
 

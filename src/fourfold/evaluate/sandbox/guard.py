@@ -20,6 +20,7 @@ import resource
 import signal
 import struct
 import sys
+from pathlib import Path
 
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
@@ -31,7 +32,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_ALLOW, SECCOMP_ERRNO = 22, 2, 0x7FFF0000, 0x50000
 CLONE_THREAD, SYS_CLONE3 = 0x10000, 435
-# machine -> AUDIT_ARCH, clone, what else makes processes or namespaces: fork, vfork, execve, execveat, unshare
+# machine -> AUDIT_ARCH, clone, other makers of processes: fork, vfork, execve, execveat, unshare
 SYSCALLS = {
     "x86_64": (0xC000003E, 56, (57, 58, 59, 322, 272)),
     "aarch64": (0xC00000B7, 220, (221, 281, 97)),
@@ -87,7 +88,7 @@ def become_nobody(libc: ctypes.CDLL) -> bool:
     os.chown(".", NOBODY, NOBODY)
     os.seteuid(NOBODY)
     try:
-        with open(os.__file__):
+        with Path(os.__file__).open():
             pass
     except OSError:
         return False
@@ -113,8 +114,7 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
             ("uid_map", f"{uid} {uid} 1"),
             ("gid_map", f"{gid} {gid} 1"),
         ):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(line)
+            Path(f"/proc/self/{name}").write_text(line)
         if read_only_files(libc, disk_bytes):
             walls.append("files read-only outside its own folder")
     child = os.fork()  # only children are inside a new process namespace
@@ -129,7 +129,7 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
 
 def read_only_files(libc: ctypes.CDLL, disk_bytes: int) -> bool:
     """Everything mounted becomes read-only; the working folder becomes a small memory disk."""
-    here = os.getcwd().encode()
+    here = str(Path.cwd()).encode()
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     options = f"size={disk_bytes},nr_inodes=1000,mode=0700".encode()
     done = (

@@ -2,9 +2,9 @@
 
 A program gets: a process group of its own, killed whole at the end; ``python -I -S`` (no site packages, no
 variables of the caller's), an empty environment and folder, nothing on stdin; limits on CPU seconds, address
-space, file sizes, open files and processes. On Linux, where the kernel lets it, also: user nobody when started
-by root, no network, no other process in sight, every file outside its folder read-only. Which of these were
-had is in the verdict, since not every machine grants them.
+space, file sizes, open files and processes. On Linux, where the kernel lets it, also: user nobody when
+started by root, no network, no other process in sight, every file outside its folder read-only, a system
+call filter against new processes. Which of these were had is in the verdict: not every machine grants them.
 
 Price: some 50 ms a program. What it is not: proof against a hole in the kernel. Files that everybody may read
 can be read inside.

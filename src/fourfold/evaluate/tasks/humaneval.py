@@ -10,7 +10,7 @@ the effective number of problems (Korn and Graubard).
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -120,7 +120,9 @@ def cut(text: str) -> str:
     return text[: min(ends, default=len(text))]
 
 
-def judge(jobs: Sequence[tuple[Problem, int, str]], limits: Limits, done) -> list[Attempt]:
+def judge(
+    jobs: Sequence[tuple[Problem, int, str]], limits: Limits, done: Callable[[int], None]
+) -> list[Attempt]:
     """Run every (problem, sample number, completion), as many at a time as there are cores."""
     attempts = []
     with ThreadPoolExecutor(usable_cores()) as pool:

@@ -1,9 +1,9 @@
 """Loss by how much context stands before a token: long windows, and positions in powers of two.
 
-A model that holds its context badly (in a KV cache of few bits, or with damaged attention) loses more the more
-it has read, which a mean over short windows does not show. The difference to the base at each position is
-paired: both read the same windows. The models are asked for logits only, so that whatever lies between keys,
-values and logits (a quantized KV cache) is in the figures if it is in the logits.
+A model that holds its context badly (in a KV cache of few bits, or with damaged attention) loses more the
+more it has read, which a mean over short windows does not show. The difference to the base at each position
+is paired: both read the same windows. The models are asked for logits only, so that whatever lies between
+keys, values and logits (a quantized KV cache) is in the figures if it is in the logits.
 
 Where a text is too short for two windows, all windows of all texts are taken as one sample (collapsed strata:
 intervals then also hold the difference between the texts, and are wide). Price: all logits of a window are in
@@ -122,7 +122,7 @@ def summarize(texts: list[list[Window]], has_base: bool) -> TextQuality:
 
 
 def at(texts: list[list[Window]], has_base: bool, start: int, end: int) -> PositionLoss:
-    """The figures where ``start`` to ``end - 1`` tokens stand before; a loss at position p is element p - 1."""
+    """The figures where ``start`` to ``end - 1`` tokens stand before; position p is element p - 1."""
     here = slice(start - 1, end - 1)
     found = PositionLoss(
         start=start,
