@@ -8,7 +8,6 @@ from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import Recipe, quantize
-from fourfold.engine.kv_format import KVFormat
 from fourfold.engine.layers import FusedLinear, Linear
 from fourfold.formats import BlockTensor, get_format
 
@@ -95,44 +94,3 @@ def test_a_packed_head(tiny_llama, tmp_path):
     assert isinstance(engine.model.head.weight, BlockTensor)
     expected = witness_logits(dequantized_witness(tiny_llama, tmp_path / "out"), TOKENS)
     np.testing.assert_allclose(engine.logits(TOKENS), expected, rtol=1e-4, atol=2e-5)
-
-
-@pytest.fixture(scope="module")
-def fp8_cache(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fp8") / "out"
-    quantize(tiny_llama, folder, recipe(kv_cache="fp8"), "quark")
-    return folder
-
-
-def test_fp8_cache_is_a_byte_a_value(fp8_cache):
-    engine = load(fp8_cache)
-    assert engine.cache.data.dtype == torch.uint8
-    assert engine.card.kv_cache_format == "fp8"
-
-
-def test_fp8_cache_is_the_same_dense_paged_chunked_and_shared(fp8_cache):
-    engine = load(fp8_cache, max_batch_tokens=16)
-    answer = continue_all(engine, [TOKENS], greedy(10))[0]
-    assert continue_all(engine, [TOKENS], greedy(10))[0] == answer
-    assert engine.stats.prefix_hit_tokens > 0
-    dense = engine.logits(TOKENS + answer)[len(TOKENS) - 1 : -1]
-    assert dense.argmax(-1).tolist() == answer
-
-
-def test_fp8_cache_rounds_as_e4m3_with_its_scale_and_saturates():
-    values = torch.tensor([0.3, -1000.0, 448.0, 0.001, 17.0, -0.0]).repeat(2, 1).unsqueeze(0)
-    plain = KVFormat("fp8", torch.float32, 1)
-    expected = values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    assert torch.equal(plain.decode(0, plain.encode(0, values)), expected)
-    scaled = KVFormat("fp8", torch.float32, 1, torch.tensor([[1.0, 1.0], [0.5, 4.0]]))
-    kept = scaled.decode(1, scaled.encode(1, values))
-    assert kept[0, :, 1].tolist() == [-448.0 * 0.5, -256.0 * 4]  # largest; 250 is nearest to 256
-
-
-def test_fp8_cache_keeps_its_scales_in_float32():
-    scale = 0.0173  # no bfloat16
-    form = KVFormat("fp8", torch.bfloat16, 1, torch.tensor([[scale, scale]]))
-    codes = torch.arange(0, 127, dtype=torch.uint8).repeat(2, 1).unsqueeze(0)
-    exact = codes.view(torch.float8_e4m3fn).float() * torch.tensor(scale)
-    assert torch.equal(form.decode(0, codes), exact.bfloat16())
-    assert torch.equal(form.encode(0, form.decode(0, codes)), codes)

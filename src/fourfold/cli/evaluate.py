@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
+
 if TYPE_CHECKING:
     from fourfold.core.records import EvaluationRecord, GateResult
 
@@ -35,6 +37,7 @@ def evaluate(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; as many as cores by default.")
     ] = None,
+    kv_cache: KVCacheOption = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here.")] = None,
 ) -> None:
     """Perplexity with a 95 % interval, and KL divergence and agreement with the model it was made from.
@@ -51,7 +54,8 @@ def evaluate(
     texts = read_texts(text) if text else default_texts()
     # logits of whole windows go past the paged cache, so that one block of it is enough
     config = EngineConfig(threads=threads, kv_block_size=16, kv_cache_tokens=16)
-    engine = Engine.load(model, config)
+    own = config.model_copy(update={"kv_cache": check_kv_cache(kv_cache)})  # the base stays as it is
+    engine = Engine.load(model, own)
     base = None if against is None else Engine.load(against, config)
     with progress_bar("windows") as progress:
         record = measure(

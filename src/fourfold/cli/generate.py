@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="A model folder, a GGUF file or a hub name.")],
@@ -15,6 +17,7 @@ def generate(
         int | None, typer.Option(min=-(2**63), max=2**64 - 1, help="Equal seeds give equal texts.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
+    kv_cache: KVCacheOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write tokens, text and timings here.")
     ] = None,
@@ -28,7 +31,8 @@ def generate(
     from fourfold.server.local import timed_generation
 
     check_json_path(json_file)
-    engine = Engine.load(model, EngineConfig(threads=threads, max_batch_size=1))
+    config = EngineConfig(threads=threads, max_batch_size=1, kv_cache=check_kv_cache(kv_cache))
+    engine = Engine.load(model, config)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     record = timed_generation(engine, prompt, sampling, show=lambda text: typer.echo(text, nl=False))
     typer.echo()

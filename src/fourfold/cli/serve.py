@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="A model folder, a GGUF file or a hub name.")],
@@ -12,6 +14,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Requests that decode together.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache holds.")] = None,
+    kv_cache: KVCacheOption = None,
 ) -> None:
     """Serve a model with the OpenAI API until Ctrl-C.
 
@@ -24,6 +27,7 @@ def serve(
     from fourfold.server import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
+    options |= {"kv_cache": check_kv_cache(kv_cache)}
     try:
         config = EngineConfig.model_validate({name: v for name, v in options.items() if v is not None})
     except ValidationError as error:

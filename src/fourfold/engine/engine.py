@@ -48,11 +48,10 @@ class Engine:
         weights = Weights(checkpoint, choose_dtype(checkpoint.config, config))
         self.model = architecture(checkpoint.config, weights)
         shape = self.model.shape
-        self._kv_format = build_kv_format(checkpoint, self.model)
+        self._kv_format = build_kv_format(checkpoint, config, self.model)
+        self._card = self._card.model_copy(update={"kv_cache_format": self._kv_format.name})
         blocks = kv_block_count(config, shape, self._kv_format)
-        self.cache = KVCache(
-            shape.layers, blocks, config.kv_block_size, shape.kv_heads, shape.head_dim, self._kv_format
-        )
+        self.cache = KVCache(shape.layers, blocks, config.kv_block_size, shape.kv_heads, self._kv_format)
         self.scheduler = Scheduler(config, BlockPool(blocks, config.kv_block_size, config.prefix_cache))
         self._sequences: dict[str, Sequence] = {}
         self._counters = EngineStats(kv_tokens_total=self.scheduler.pool.total * config.kv_block_size)
@@ -68,7 +67,7 @@ class Engine:
 
     @property
     def card(self) -> ModelCard:
-        """What the model is."""
+        """What the model is, and how this engine holds its keys and values."""
         return self._card
 
     @property
@@ -196,28 +195,6 @@ class Engine:
             piece = self.model.logits(hidden[start : start + HEAD_SLICE_TOKENS])
             torch.from_numpy(result[start : start + HEAD_SLICE_TOKENS]).copy_(piece)
         return result
-
-    @property
-    def layer_count(self) -> int:
-        """How many decoder layers there are."""
-        return self.model.shape.layers
-
-    @torch.inference_mode()
-    def embedded(self, token_ids: list[int]) -> np.ndarray:
-        """Float32 states [T, H] of a sequence before the first layer. Raises UsageError for unknown ids."""
-        self._check_tokens(token_ids)
-        return self.model.embed(torch.tensor(token_ids)).numpy()
-
-    @torch.inference_mode()
-    def through(self, hidden: np.ndarray, first: int, end: int) -> np.ndarray:
-        """States [T, H] of a whole sequence from before layer ``first`` to before layer ``end``."""
-        attention = DenseAttention(len(hidden), self.model.shape.kv_heads, self._kv_format)
-        return self.model.through(torch.tensor(hidden), attention, first, end).numpy()
-
-    @torch.inference_mode()
-    def logits_of(self, hidden: np.ndarray) -> np.ndarray:
-        """Float32 logits [T, V] of states [T, H] that have passed every layer."""
-        return self.model.logits(torch.from_numpy(hidden)).float().numpy()
 
     def _retire(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

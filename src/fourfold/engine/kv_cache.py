@@ -16,16 +16,14 @@ from fourfold.engine.kv_format import KVFormat
 
 
 class KVCache:
-    """Keys and values of all blocks: [layers, blocks, block_size, 2 * kv_heads, head_dim].
+    """Keys and values of all blocks: [layers, blocks, block_size, 2 * kv_heads, width of ``form``].
 
     ``form`` says how they are held; keys come first in the head dimension.
     """
 
-    def __init__(
-        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, form: KVFormat
-    ):
-        self.block_size, self.heads, self.head_dim, self.form = block_size, kv_heads, head_dim, form
-        self.data = torch.zeros(layers, blocks, block_size, 2 * kv_heads, head_dim, dtype=form.stored_dtype)
+    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, form: KVFormat):
+        self.block_size, self.heads, self.form = block_size, kv_heads, form
+        self.data = torch.zeros(layers, blocks, block_size, 2 * kv_heads, form.width, dtype=form.stored_dtype)
         self._slots = [layer.flatten(0, 1) for layer in self.data]
         self._blocks = [layer.flatten(1) for layer in self.data]
 
@@ -36,7 +34,7 @@ class KVCache:
     def read(self, layer: int, blocks: torch.Tensor, rows: int) -> torch.Tensor:
         """Gather ``blocks`` [rows * n] in order -> [rows, n * block_size, 2 * kv_heads, head_dim]."""
         kv = self._blocks[layer].index_select(0, blocks)
-        return self.form.decode(layer, kv.view(rows, -1, 2 * self.heads, self.head_dim))
+        return self.form.decode(layer, kv.view(rows, -1, 2 * self.heads, self.form.width))
 
 
 class BlockPool:

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from fourfold.checkpoint import Checkpoint
+from fourfold.checkpoint.kv_scales import PER_HEAD, SCALED, scale_problem
 from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.quantization import KVCacheFormat
 from fourfold.core.registry import Registry
 from fourfold.engine.decoder import Decoder, Shape
-from fourfold.engine.kv_format import KVFormat
+from fourfold.engine.kv_format import KVFormat, kv_format
 from fourfold.engine.requests import EngineConfig
 
 ARCHITECTURES = Registry("fourfold.engine.models", "MODEL", "architecture")
@@ -40,21 +42,45 @@ def choose_dtype(model: dict[str, Any], config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if own == "bfloat16" else torch.float32
 
 
-def build_kv_format(checkpoint: Checkpoint, model: Decoder) -> KVFormat:
-    """The cache format of the checkpoint's scheme with its scales, if it has any."""
+def build_kv_format(checkpoint: Checkpoint, config: EngineConfig, model: Decoder) -> KVFormat:
+    """The cache format that the configuration asks for, or the checkpoint's, with the scales stored there.
+
+    Raises UsageError for ``fp8-head`` without scales of heads, FourfoldError for scales that are no numbers.
+    """
+    stored = checkpoint.quantization.kv_cache
+    name = stored if config.kv_cache == "auto" else None if config.kv_cache == "none" else config.kv_cache
+    if name == PER_HEAD and stored != PER_HEAD:
+        raise UsageError(
+            f"A KV cache in {PER_HEAD} lives by calibrated scales, and {checkpoint.source} stores none. "
+            f"Quantize with a recipe of kv_cache: {PER_HEAD}, or choose --kv-cache fp8 or mxfp8-e4m3."
+        )
     scales = None
-    if checkpoint.kv_scales:
-        names = [
-            [f"model.layers.{i}.self_attn.{part}" for part in ("k_proj", "v_proj")]
-            for i in range(model.shape.layers)
-        ]
-        scales = torch.tensor([[checkpoint.kv_scales.get(name, 1.0) for name in row] for row in names])
-    return KVFormat(checkpoint.quantization.kv_cache, model.dtype, model.shape.kv_heads, scales)
+    if name in SCALED and checkpoint.kv_scales:
+        scales = torch.stack(
+            [_layer_scales(checkpoint, name, i, model.shape) for i in range(model.shape.layers)]
+        )
+    return kv_format(name, model.dtype, model.shape.head_dim, scales)
+
+
+def _layer_scales(checkpoint: Checkpoint, name: KVCacheFormat, layer: int, shape: Shape) -> torch.Tensor:
+    """Scales [2 * kv_heads] of ``layer``, keys' first."""
+    parts = []
+    for part in ("k_proj", "v_proj"):
+        module = f"model.layers.{layer}.self_attn.{part}"
+        scale = checkpoint.kv_scales.get(module, torch.ones(1))
+        count = shape.kv_heads if scale.numel() > 1 else 1
+        if problem := scale_problem(scale, count):
+            raise FourfoldError(
+                f"The KV scale of {module} {problem}. `fourfold verify` lists what is damaged."
+            )
+        # for one scale, the largest head's holds every head
+        parts.append((scale if name == PER_HEAD else scale.max()).expand(shape.kv_heads))
+    return torch.cat(parts)
 
 
 def kv_block_count(config: EngineConfig, shape: Shape, form: KVFormat) -> int:
     """Blocks of the KV cache, the spare zero block included. Raises FourfoldError when it is too small."""
-    token_bytes = shape.layers * 2 * shape.kv_heads * shape.head_dim * form.stored_dtype.itemsize
+    token_bytes = shape.layers * 2 * shape.kv_heads * form.head_bytes
     tokens = config.kv_cache_tokens
     if tokens is None:
         tokens = min(config.max_batch_size * shape.max_positions, DEFAULT_KV_BYTES // token_bytes)

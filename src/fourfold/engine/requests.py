@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fourfold.core.quantization import KVCacheFormat
 from fourfold.core.records import Record
 
 FinishReason = Literal["stop", "length"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
+KVCacheChoice = Literal["auto", "none", KVCacheFormat]
 
 
 class EngineConfig(Record):
@@ -36,7 +38,11 @@ class EngineConfig(Record):
         default=None, ge=1, description="CPU threads; None: one per core of this process"
     )
     dtype: DtypeName = Field(
-        default="auto", description="of kept weights, activations and KV; auto: the checkpoint's"
+        default="auto", description="of kept weights, activations and unquantized KV; auto: the checkpoint's"
+    )
+    kv_cache: KVCacheChoice = Field(
+        default="auto",
+        description="how keys and values are held; auto: as the checkpoint says, none: in dtype",
     )
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of an equal prompt beginning")
 
