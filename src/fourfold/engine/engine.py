@@ -196,6 +196,28 @@ class Engine:
             torch.from_numpy(result[start : start + HEAD_SLICE_TOKENS]).copy_(piece)
         return result
 
+    @property
+    def layer_count(self) -> int:
+        """How many decoder layers there are."""
+        return self.model.shape.layers
+
+    @torch.inference_mode()
+    def embedded(self, token_ids: list[int]) -> np.ndarray:
+        """Float32 states [T, H] of a sequence before the first layer. Raises UsageError for unknown ids."""
+        self._check_tokens(token_ids)
+        return self.model.embed(torch.tensor(token_ids)).numpy()
+
+    @torch.inference_mode()
+    def through(self, hidden: np.ndarray, first: int, end: int) -> np.ndarray:
+        """States [T, H] of a whole sequence from before layer ``first`` to before layer ``end``."""
+        attention = DenseAttention(len(hidden), self.model.shape.kv_heads, self._kv_format)
+        return self.model.through(torch.tensor(hidden), attention, first, end).numpy()
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: np.ndarray) -> np.ndarray:
+        """Float32 logits [T, V] of states [T, H] that have passed every layer."""
+        return self.model.logits(torch.from_numpy(hidden)).float().numpy()
+
     def _retire(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             self.scheduler.remove(sequence)
