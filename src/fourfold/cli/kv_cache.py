@@ -1,30 +1,34 @@
 """The option --kv-cache, which serve, generate and evaluate share."""
 
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import KVCacheFormat
 
 if TYPE_CHECKING:
     from fourfold.engine.requests import KVCacheChoice
-
-CHOICES = ("auto", "none", *get_args(KVCacheFormat))
 
 KVCacheOption = Annotated[
     str | None,
     typer.Option(
         "--kv-cache",
         metavar="FORMAT",
-        help=f"How keys and values are held: {', '.join(CHOICES)}. auto, the default, is as the checkpoint "
-        "says; none is not quantized.",
+        help="How keys and values are held: none (not quantized), fp8, fp8-head, mxfp8-e4m3 or mxfp4. "
+        "[default: as the checkpoint says]",
     ),
 ]
 
 
 def check_kv_cache(name: str | None) -> "KVCacheChoice":
     """``name``, or auto. Raises UsageError that lists what there is."""
-    if name is not None and name not in CHOICES:
-        raise UsageError(f"There is no KV cache format '{name}'. Choose one of: {', '.join(CHOICES)}.")
-    return cast("KVCacheChoice", name or "auto")
+    from typing import get_args
+
+    from fourfold.engine.requests import KVCacheChoice
+
+    for choice in get_args(KVCacheChoice):
+        if choice == (name or "auto"):
+            return choice
+    raise UsageError(
+        f"There is no KV cache format '{name}'. Choose one of: {', '.join(get_args(KVCacheChoice))}."
+    )
