@@ -91,7 +91,7 @@ class Fp8(KVFormat):
         if self._scales is not None:
             values = values[layer].view(-1)
             at += torch.arange(0, len(values), 256, dtype=torch.int32).unsqueeze(-1)
-        return values.index_select(0, at.view(-1)).view(stored.shape)
+        return values.index_select(0, at.reshape(-1)).view(stored.shape)
 
 
 class Microscaled(KVFormat):
