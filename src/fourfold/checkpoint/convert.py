@@ -52,6 +52,7 @@ def convert(
     return writer.finish(
         source=str(source),
         recipe=manifest.recipe if manifest else None,
+        calibration=manifest.calibration if manifest else None,
         notes=notes_of(checkpoint),
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer if checkpoint.has_tokenizer() else None,

@@ -26,7 +26,7 @@ from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.durable import sha256_of, sync_file, sync_folder, write_file, writing
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.manifest import MANIFEST_NAME, Manifest
+from fourfold.core.manifest import MANIFEST_NAME, Manifest, read_manifest
 from fourfold.core.quantization import Quantization
 from fourfold.core.records import ModelCard
 from fourfold.formats import BlockTensor
@@ -121,15 +121,18 @@ class CheckpointWriter:
         *,
         source: str,
         recipe: dict[str, Any] | None = None,
+        calibration: dict[str, Any] | None = None,
         card: ModelCard | None = None,
         notes: Iterable[str] = (),
         generation_config: dict[str, Any] | None = None,
         write_tokenizer: Callable[[Path], object] | None = None,
+        tidy: Callable[[], None] | None = None,
     ) -> Manifest:
         """Write all that is not a shard, then give the folder its name. Returns the manifest.
 
         ``card`` defaults to what the plan says, with ``notes``. ``write_tokenizer``
-        (``Checkpoint.write_tokenizer``) puts the tokenizer's files into the folder it is given.
+        (``Checkpoint.write_tokenizer``) puts the tokenizer's files into the folder it is given. ``tidy``
+        takes away what else lies in ``work``, once nothing of it is needed any more.
         """
         if pending := self.pending():
             raise FourfoldError(f"{self.work} still lacks {len(pending)} shards, first {pending[0].file}.")
@@ -140,7 +143,9 @@ class CheckpointWriter:
         card = card or make_card(
             self.out.name, self.config, self.stored_infos(), self.quantization, list(notes)
         )
-        manifest = self._write_manifest(source, recipe, card)
+        manifest = self._write_manifest(source, recipe, calibration, card)
+        if tidy is not None:
+            tidy()
         with writing(self.out):
             self._journal.remove()
             sync_folder(self.work)
@@ -148,6 +153,10 @@ class CheckpointWriter:
             self.work.rename(self.out)
             sync_folder(self.out.parent)
         return manifest
+
+    def interrupted_manifest(self) -> Manifest | None:
+        """The manifest of a run that was killed after writing it; None while there is a shard to write."""
+        return None if self.pending() else read_manifest(self.work)
 
     def stored_infos(self) -> list[TensorInfo]:
         """The planned tensors with the bytes they take in this dialect."""
@@ -182,7 +191,13 @@ class CheckpointWriter:
         }
         return {"metadata": {"total_size": sum(shard.nbytes for shard in self.shards)}, "weight_map": files}
 
-    def _write_manifest(self, source: str, recipe: dict[str, Any] | None, card: ModelCard) -> Manifest:
+    def _write_manifest(
+        self,
+        source: str,
+        recipe: dict[str, Any] | None,
+        calibration: dict[str, Any] | None,
+        card: ModelCard,
+    ) -> Manifest:
         hashes = self._journal.done()
         # a run that was killed here leaves its own manifest, or a file that never got its name
         skipped = {*hashes, *self._journal.own_files(), MANIFEST_NAME}
@@ -196,6 +211,7 @@ class CheckpointWriter:
             source=source,
             dialect=self.plan.written_dialect,
             recipe=recipe,
+            calibration=calibration,
             fingerprint=self.fingerprint,
             card=card,
             sha256=dict(sorted(hashes.items())),

@@ -1,5 +1,6 @@
 """``fourfold quantize``: a checkpoint in, a checkpoint of fewer bits out."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from fourfold.cli.records import QuantizationRecord
-    from fourfold.compress.planning import DryRun, TensorPlan
+    from fourfold.core.manifest import Manifest
 
 
 def quantize(
@@ -19,6 +20,21 @@ def quantize(
     dialect: Annotated[
         str, typer.Option(metavar="NAME", help="Whose names to store under: compressed-tensors or quark.")
     ] = "compressed-tensors",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_NAME",
+            help="For recipes that look at activations: a text file, a JSONL file with `text` or `messages`, "
+            "or a dataset's name. [default: text that the model writes itself]",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 512,
+    sequence_tokens: Annotated[int, typer.Option(min=8, help="Tokens of each calibration sequence.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Decides the calibration sequences.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda", help="Where layers are calibrated. [default: cuda if there is one]"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be done and what it costs; write nothing.")
     ] = False,
@@ -30,6 +46,7 @@ def quantize(
     Example: `fourfold quantize my-model my-model-mxfp4 --recipe mxfp4`
     """
     from fourfold.cli.output import check_json_path, write_json
+    from fourfold.cli.plan_table import show_plan
     from fourfold.compress import plan
 
     check_json_path(json)
@@ -37,39 +54,83 @@ def quantize(
         record = plan(source, recipe, dialect)
         show_plan(record)
     else:
-        record = run(source, out, recipe, dialect, resume)
+        job = Job(source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, resume)
+        record = run(job)
         show(record)
     write_json(json, record)
 
 
-def run(source: str, out: Path, recipe: str, dialect: str, resume: bool) -> "QuantizationRecord":
-    """Quantize under a progress bar, timed."""
-    import resource
+@dataclass(frozen=True)
+class Job:
+    """What one call of the command asks for."""
+
+    source: str
+    out: Path
+    recipe: str
+    dialect: str
+    calibration: str | None
+    samples: int
+    sequence_tokens: int
+    seed: int
+    device: str | None
+    resume: bool
+
+
+def run(job: Job) -> "QuantizationRecord":
+    """Quantize under a progress display, timed."""
     import time
 
-    from fourfold.checkpoint import open_checkpoint
-    from fourfold.cli.output import bytes_bar
-    from fourfold.cli.records import QuantizationRecord
+    from fourfold.cli.calibration import calibration_for, choose_device
+    from fourfold.cli.stages import stages
     from fourfold.compress import load_recipe
     from fourfold.compress import quantize as write_checkpoint
-    from fourfold.core.machine import describe_machine, now
 
     begin = time.perf_counter()
-    with bytes_bar("quantizing") as progress:
-        manifest = write_checkpoint(source, out, recipe, dialect, resume=resume, progress=progress)
-    seconds = time.perf_counter() - begin
-    peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    recipe = load_recipe(job.recipe)
+    device = choose_device(job.device, recipe)
+    calibration = calibration_for(
+        recipe, job.source, job.calibration, job.samples, job.sequence_tokens, job.seed, device
+    )
+    with stages() as display:
+        manifest = write_checkpoint(
+            job.source,
+            job.out,
+            recipe,
+            job.dialect,
+            resume=job.resume,
+            progress=display.written,
+            calibration=calibration,
+            device=device,
+            layer_progress=display.layers,
+            writing_progress=display.sequences,
+        )
+    return record_of(job, manifest, device, time.perf_counter() - begin)
+
+
+def record_of(job: Job, manifest: "Manifest", device: str, seconds: float) -> "QuantizationRecord":
+    """The figures of a finished run."""
+    import resource
+
+    from fourfold.checkpoint import open_checkpoint
+    from fourfold.cli.calibration import gpu_name, gpu_peak_bytes
+    from fourfold.cli.records import QuantizationRecord
+    from fourfold.core.machine import describe_machine, now
+
+    assert manifest.recipe is not None
     return QuantizationRecord(
         created=now(),
-        source=source,
-        out=str(out),
-        recipe=load_recipe(recipe).name,
+        source=job.source,
+        out=str(job.out),
+        recipe=manifest.recipe["name"],
         dialect=manifest.dialect,
-        source_card=open_checkpoint(source).card(),
+        source_card=open_checkpoint(job.source).card(),
         card=manifest.card,
+        calibration=manifest.calibration,
+        device=device if manifest.calibration else "cpu",
         seconds=seconds,
-        peak_memory_bytes=peak_memory_bytes,
-        machine=describe_machine(),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_gpu_memory_bytes=gpu_peak_bytes(device),
+        machine=describe_machine(gpu_name(device)),
     )
 
 
@@ -91,43 +152,11 @@ def show(record: "QuantizationRecord") -> None:
         f"{record.seconds:.1f} s, peak memory {bytes_text(record.peak_memory_bytes)}",
         soft_wrap=True,
     )
+    if (seen := record.calibration) is not None:
+        stdout.print(
+            f"Calibrated on {seen['samples']} sequences of {seen['sequence_tokens']} tokens, "
+            f"{escape(seen['source'])}, seed {seen['seed']}.",
+            soft_wrap=True,
+        )
     for note in record.card.notes:
         stdout.print(f"Note: {escape(note)}", soft_wrap=True)
-
-
-def show_plan(record: "DryRun") -> None:
-    """Print a dry run for a person: alike tensors of all layers share a line."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from fourfold.cli.output import bytes_text, stdout
-
-    table = Table()
-    for column in ("tensors", "count", "shape", "becomes", "size"):
-        table.add_column(column, overflow="fold", justify="right" if column in ("count", "size") else "left")
-    for name, group in grouped([*record.quantized, *record.kept]):
-        first = group[0]
-        becomes = (
-            first.format if first.kept_because is None else f"{first.format}, kept: {first.kept_because}"
-        )
-        size = bytes_text(sum(tensor.nbytes for tensor in group))
-        table.add_row(escape(name), str(len(group)), "×".join(map(str, first.shape)), becomes, size)
-    stdout.print(table)
-    stdout.print(
-        f"{bytes_text(record.source_bytes)} become {bytes_text(record.output_bytes)} in {record.shards} "
-        f"file(s); about {record.time_estimate_s:.1f} s, peak memory about "
-        f"{bytes_text(record.peak_memory_bytes)}. Nothing was written.",
-        soft_wrap=True,
-    )
-
-
-def grouped(tensors: "list[TensorPlan]") -> "list[tuple[str, list[TensorPlan]]]":
-    """Tensors that differ only in the numbers in their names, under the name with * for the numbers."""
-    import re
-
-    groups: dict[tuple[object, ...], list[TensorPlan]] = {}
-    for tensor in tensors:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
-        key = (pattern, *tensor.shape, tensor.format, tensor.kept_because)
-        groups.setdefault(key, []).append(tensor)
-    return [(str(key[0]) if len(group) > 1 else group[0].name, group) for key, group in groups.items()]

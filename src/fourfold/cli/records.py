@@ -1,12 +1,15 @@
 """Records that only the command line makes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from fourfold.core.records import Machine, ModelCard, Record
 
 
 class QuantizationRecord(Record):
-    """The result of ``fourfold quantize``: wall time, and the peak resident memory of this process."""
+    """The result of ``fourfold quantize``: wall time, and the peak memory of this process, here and on a GPU.
+
+    ``device`` is where layers were calibrated; what needs no calibration is computed on the CPU.
+    """
 
     kind: Literal["fourfold.quantization/1"] = "fourfold.quantization/1"
     created: str
@@ -16,6 +19,9 @@ class QuantizationRecord(Record):
     dialect: str
     source_card: ModelCard
     card: ModelCard
+    calibration: dict[str, Any] | None = None
+    device: str = "cpu"
     seconds: float
     peak_memory_bytes: int
+    peak_gpu_memory_bytes: int | None = None
     machine: Machine

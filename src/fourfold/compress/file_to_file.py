@@ -1,7 +1,7 @@
 """Quantization from file to file: open, decide, run the passes, and stream every tensor to its shard."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
 from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
-from fourfold.compress.calibration import CalibrationSet
+from fourfold.compress.calibration import Calibration
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
@@ -34,17 +34,19 @@ def quantize(
     resume: bool = False,
     progress: Progress | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    calibration: CalibrationSet | None = None,
+    calibration: Calibration | None = None,
     device: str = "cpu",
     layer_progress: Callable[[int, int, str], None] | None = None,
+    writing_progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Make the checkpoint ``out`` from ``source`` (a folder, a GGUF file, a hub name) by ``recipe``.
 
     A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``;
-    ``layer_progress(done, layers, name)`` is told of each. Returns the manifest that was written. Raises
-    UsageError for a call or recipe that makes no sense and for an existing ``out``, FourfoldError for a source
-    that cannot be read or rounded; both before anything is written, save for NaN and Inf weights, which are
-    found when they are read.
+    ``layer_progress(done, layers, name)`` is told of each, and ``writing_progress(done, samples)`` of the
+    calibration sequences that the model writes itself. Returns the manifest that was written. Raises
+    UsageError for a call or recipe that makes no sense and for an existing ``out``, FourfoldError for a
+    source that cannot be read or rounded; both before anything is written, save for NaN and Inf weights,
+    which are found when they are read.
     """
     recipe = load_recipe(recipe)
     check_recipe(recipe)
@@ -62,39 +64,34 @@ def quantize(
         resume=resume,
         max_shard_bytes=max_shard_bytes,
     )
-    notes = list(checkpoint.notes)
-    if calibration is not None and is_calibrated(recipe):
-        # so that recipes without calibration never import transformers
-        from fourfold.compress.calibrated.loop import LayerLoop
-        from fourfold.compress.calibrated.store import LayerStore
-
-        store = LayerStore(writer.work)
-        loop = LayerLoop(prepared, recipe, calibration, store, torch.device(device))
-        made = loop.run(layer_progress)
-        model = model.with_entries(
-            {name: replace(model.entries[name], load=load) for name, load in made.items()}
-        )
-        notes += loop.notes
-        write_shards(writer, model, progress)
-        store.remove()
-    else:
-        write_shards(writer, model, progress)
-    return writer.finish(
+    finish = partial(
+        writer.finish,
         source=str(source),
         recipe=recipe.model_dump(),
-        notes=notes,
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
+    if calibration is None or not is_calibrated(recipe):
+        write_shards(writer, model, progress)
+        return finish(notes=checkpoint.notes)
+    # so that recipes without calibration never import transformers
+    from fourfold.compress.calibrated.run import finish_layers
+
+    done = finish_layers(
+        writer, prepared, model, recipe, calibration, torch.device(device), layer_progress, writing_progress
+    )
+    write_shards(writer, done.model, progress)
+    notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))
+    return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
 
 
-def check_calibration(recipe: Recipe, calibration: CalibrationSet | None) -> None:
+def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
     """Raise UsageError when ``recipe`` lacks the calibration set it needs."""
     if calibration is None and is_calibrated(recipe):
         names = ", ".join(use.name for use in recipe.uses)
         raise UsageError(
-            f"The recipe '{recipe.name}' has passes that look at activations ({names}), but no calibration set "
-            "was given. Give one with --calibration, or use a recipe without calibration (mxfp4)."
+            f"The recipe '{recipe.name}' has passes that look at activations ({names}), but no calibration "
+            "set was given. Give one with --calibration, or use a recipe without calibration (mxfp4)."
         )
 
 
@@ -114,7 +111,7 @@ def write_shards(writer: CheckpointWriter, model: Model, progress: Progress | No
 
 
 def fingerprint(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: CalibrationSet | None, device: str
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | None, device: str
 ) -> dict[str, str]:
     """What the numbers of an output depend on; the writer adds the dialect and the layout."""
     fields = {
@@ -123,9 +120,6 @@ def fingerprint(
         "fourfold_version": __version__,
     }
     if calibration is not None and is_calibrated(recipe):
-        fields |= {
-            "calibration": calibration.sha256[:16],
-            "device": torch.device(device).type,
-            "torch": torch.__version__,
-        }
+        fields |= calibration.fingerprint
+        fields |= {"device": torch.device(device).type, "torch": torch.__version__}
     return fields

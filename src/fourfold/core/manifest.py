@@ -9,13 +9,17 @@ MANIFEST_NAME = "fourfold.json"
 
 
 class Manifest(Record):
-    """Written last into every checkpoint that Fourfold makes; ``fourfold verify`` checks against it."""
+    """Written last into every checkpoint that Fourfold makes; ``fourfold verify`` checks against it.
+
+    ``calibration`` says which tokens calibrated passes saw: source, samples, sequence_tokens, seed, sha256.
+    """
 
     kind: Literal["fourfold.checkpoint/1"] = "fourfold.checkpoint/1"
     fourfold_version: str
     source: str
     dialect: str
     recipe: dict[str, Any] | None
+    calibration: dict[str, Any] | None = None
     fingerprint: dict[str, str]
     card: ModelCard
     sha256: dict[str, str]

@@ -1,0 +1,43 @@
+"""A dry run as a table: alike tensors of all layers share a line."""
+
+import re
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from fourfold.cli.output import bytes_text, stdout
+
+if TYPE_CHECKING:
+    from fourfold.compress.planning import DryRun, TensorPlan
+
+
+def show_plan(record: "DryRun") -> None:
+    """Print a dry run for a person."""
+    table = Table()
+    for column in ("tensors", "count", "shape", "becomes", "size"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("count", "size") else "left")
+    for name, group in grouped([*record.quantized, *record.kept]):
+        first = group[0]
+        becomes = (
+            first.format if first.kept_because is None else f"{first.format}, kept: {first.kept_because}"
+        )
+        size = bytes_text(sum(tensor.nbytes for tensor in group))
+        table.add_row(escape(name), str(len(group)), "×".join(map(str, first.shape)), becomes, size)
+    stdout.print(table)
+    stdout.print(
+        f"{bytes_text(record.source_bytes)} become {bytes_text(record.output_bytes)} in {record.shards} "
+        f"file(s); about {record.time_estimate_s:.1f} s, peak memory about "
+        f"{bytes_text(record.peak_memory_bytes)}. Nothing was written.",
+        soft_wrap=True,
+    )
+
+
+def grouped(tensors: "list[TensorPlan]") -> "list[tuple[str, list[TensorPlan]]]":
+    """Tensors that differ only in the numbers in their names, under the name with * for the numbers."""
+    groups: dict[tuple[object, ...], list[TensorPlan]] = {}
+    for tensor in tensors:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
+        key = (pattern, *tensor.shape, tensor.format, tensor.kept_because)
+        groups.setdefault(key, []).append(tensor)
+    return [(str(key[0]) if len(group) > 1 else group[0].name, group) for key, group in groups.items()]
