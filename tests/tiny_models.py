@@ -72,3 +72,82 @@ def build_tiny_model(folder: Path, model_type: str = "llama", seed: int = 0, **c
     model.save_pretrained(folder)
     write_tiny_tokenizer(folder)
     return folder
+
+
+# model types that calibration is proved on, with what makes each what it is: 4 experts of which 2 are chosen,
+# windows that are shorter than the test's sequences, and both kinds of layers of a hybrid
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "deepseek_v3": {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+    },
+}
+
+
+def build_architecture(folder: Path, model_type: str, **changes) -> Path:
+    """A random model of one of ARCHITECTURES in which every parameter has its own values, norms and biases
+    too, so that nothing which is left out or mixed up goes unseen.
+    """
+    from safetensors.torch import load_file, save_file
+
+    build_tiny_model(folder, model_type, **(ARCHITECTURES[model_type] | changes))
+    generator = torch.Generator().manual_seed(7)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, value in tensors.items():
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator) * 0.1
+                tensors[name] = (value.float() + noise).to(value.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder

@@ -61,8 +61,15 @@ class Piece:
 
     def take(self, fused: torch.Tensor) -> torch.Tensor:
         """This piece, contiguous, in the dtype of ``fused`` [E, ...]."""
+        return self._view(fused).contiguous()
+
+    def put(self, fused: torch.Tensor, value: torch.Tensor) -> None:
+        """The reverse of ``take``: write ``value`` where this piece lies in ``fused``."""
+        self._view(fused).copy_(value)
+
+    def _view(self, fused: torch.Tensor) -> torch.Tensor:
         matrix = fused[self.expert]
-        return (matrix.T if self.transposed else matrix)[self.rows].contiguous()
+        return (matrix.T if self.transposed else matrix)[self.rows]
 
 
 def parse_fused(name: str, shape: Shape) -> Fused | None:

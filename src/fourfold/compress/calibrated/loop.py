@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.names import Source
 from fourfold.compress.calibrated.rotation import rotation_of
-from fourfold.compress.calibrated.skeleton import Call, Skeleton, logical_name
+from fourfold.compress.calibrated.skeleton import Call, Skeleton
 from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
 from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
 from fourfold.compress.calibration import CalibrationSet
@@ -22,7 +23,7 @@ from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.compress.pipeline import Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
 from fourfold.core.records import Record
-from fourfold.formats import BlockTensor, get_format
+from fourfold.formats import get_format
 
 LayerProgress = Callable[[int, int, str], None]
 """Called as ``progress(done, layers, what)``."""
@@ -53,13 +54,19 @@ class LayerLoop:
 
     def run(self, progress: LayerProgress | None = None) -> dict[str, Callable[[], Value]]:
         """Finish every layer; returns how to load each finished tensor."""
-        self.start()
+        count = len(self.skeleton)
+        finished = {i: found for i in range(count) if (found := self.store.find(key_of(i))) is not None}
+        if len(finished) < count:
+            self.start()
+            for index in range(count):
+                finished[index] = self.step(index)
+                if progress is not None:
+                    progress(index + 1, count, self.skeleton.prefix(index))
         made: dict[str, Callable[[], Value]] = {}
-        for index in range(len(self.skeleton)):
-            key, finished = key_of(index), self.step(index)
-            made |= {n: partial(self.store.load, key, n, held) for n, held in finished.tensors.items()}
-            if progress is not None:
-                progress(index + 1, len(self.skeleton), self.skeleton.prefix(index))
+        for index, layer in sorted(finished.items()):
+            self.notes += layer.notes
+            load = partial(self.store.load, key_of(index))
+            made |= {name: partial(load, name, held) for name, held in layer.tensors.items()}
         return made
 
     @torch.no_grad()
@@ -74,16 +81,17 @@ class LayerLoop:
         self._base_inputs = list(self._inputs) if self.needs_base else None
 
     def step(self, index: int) -> FinishedLayer:
-        """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next."""
+        """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next, if any."""
         work = self.begin(index)
-        base_outputs = None if work.base_inputs is None else work.outputs(work.base_inputs)
+        is_last = index + 1 == len(self.skeleton)
+        base_outputs = None if work.base_inputs is None or is_last else work.outputs(work.base_inputs)
         finished = self.store.find(key_of(index))
         if finished is None:
             self.run_passes(work)
-            finished = self.store.save(key_of(index), self.values(work), work.notes)
-        self.restore(work, self.store.load_all(key_of(index), finished))
-        self.notes += finished.notes
-        self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
+            finished = self.store.save(key_of(index), self.values(work), work.notes, work.expert_tokens)
+        if not is_last:
+            self.restore(work, self.store.load_all(key_of(index), finished))
+            self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
         return finished
 
     def begin(self, index: int) -> LayerWork:
@@ -109,6 +117,8 @@ class LayerLoop:
 
     def run_passes(self, work: LayerWork) -> None:
         """The recipe's passes on one layer; what none of them rounds is rounded to nearest."""
+        if any(chosen.layer is not None for chosen, _ in self.passes):
+            work.survey_experts()
         for chosen, options in self.passes:
             if chosen.layer is not None:
                 work.learned = self._learned.get(chosen.name, {})
@@ -118,41 +128,34 @@ class LayerLoop:
     def values(self, work: LayerWork) -> dict[str, Value]:
         """The finished tensors of the layer, as the checkpoint will hold them."""
         found: dict[str, Value] = {f"{name}.weight": blocks for name, blocks in work.blocks.items()}
-        for name, parameter in self._parameters(work).items():
-            dtype = self.model.entries[name].info.dtype
-            assert dtype is not None, "quantized sources were refused"
-            found.setdefault(name, parameter.detach().to("cpu", dtype).view(self.model.entries[name].info.shape))
+        for source, parameter in self._parameters(work):
+            info = self.model.entries[source.stored].info
+            assert info.dtype is not None, "quantized sources were refused"
+            shape = info.shape if source.piece is None else source.piece.shape
+            found.setdefault(source.name, parameter.detach().to("cpu", info.dtype).view(shape))
         for name, linear in work.linears.items():
             scheme = work.schemes.get(name)
             if scheme is not None and scheme.input_transform == "trained" and linear.rotation is not None:
                 found[f"{name}.input_rotation"] = linear.rotation.to("cpu", torch.float32)
-        return {name: value for name, value in found.items() if name in self.model}
+        return self.skeleton.names.assemble(found)
 
     def restore(self, work: LayerWork, values: dict[str, Value]) -> None:
         """Give ``work`` the finished tensors, and let it compute as the served model will."""
-        for name, parameter in self._parameters(work).items():
-            value = values[name]
-            plain = value.dequantize() if isinstance(value, BlockTensor) else value
-            parameter.data.copy_(plain.view(parameter.shape))
+        for source, parameter in self._parameters(work):
+            parameter.data.copy_(source.take(values[source.stored]).view(parameter.shape))
         for name, scheme in work.schemes.items():
             linear: CalibratedLinear = work.linears[name]
             linear.rotation = rotation_of(scheme, values.get(f"{name}.input_rotation"), work.device)
             linear.rounds_input = True
 
     def _stored_dtypes(self, index: int, module: nn.Module) -> dict[str, torch.dtype]:
-        inside = f"{self.skeleton.layers_name}.{index}."
-        infos = {
-            name: self.model.entries[logical_name(inside + name, self.model)].info
-            for name, _ in module.named_parameters()
-        }
+        inside, names = self.skeleton.inside(index), self.skeleton.names
+        infos = {n: self.model.entries[names[inside + n].stored].info for n, _ in module.named_parameters()}
         return {name: info.dtype for name, info in infos.items() if info.dtype is not None}
 
-    def _parameters(self, work: LayerWork) -> dict[str, torch.Tensor]:
-        inside = f"{self.skeleton.layers_name}.{work.index}."
-        return {
-            logical_name(inside + name, self.model): parameter
-            for name, parameter in work.module.named_parameters()
-        }
+    def _parameters(self, work: LayerWork) -> list[tuple[Source, torch.Tensor]]:
+        inside, names = self.skeleton.inside(work.index), self.skeleton.names
+        return [(names[inside + name], parameter) for name, parameter in work.module.named_parameters()]
 
     def _learn(self, chosen: Pass, options: Record) -> dict[str, torch.Tensor]:
         found = self.store.find(chosen.name)
@@ -161,7 +164,9 @@ class LayerLoop:
             with torch.enable_grad():
                 learned = chosen.learn(self.skeleton, self.calibration, options)
             found = self.store.save(chosen.name, {n: t.detach().cpu() for n, t in learned.items()}, [])
-        return {n: v for n, v in self.store.load_all(chosen.name, found).items() if isinstance(v, torch.Tensor)}
+        return {
+            n: v for n, v in self.store.load_all(chosen.name, found).items() if isinstance(v, torch.Tensor)
+        }
 
 
 def key_of(index: int) -> str:

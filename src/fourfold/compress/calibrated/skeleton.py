@@ -6,7 +6,7 @@ first layer's inputs, and to see what the model would hand each layer besides (m
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.compress.calibrated.experts import separate_experts
+from fourfold.checkpoint.dialect import TOWER
+from fourfold.compress.calibrated.experts import parameters_apart, separate_experts
 from fourfold.compress.calibrated.linear import CalibratedLinear
-from fourfold.compress.model import Model, plain
+from fourfold.compress.calibrated.names import Names
+from fourfold.compress.model import Model
 from fourfold.core.errors import FourfoldError
 
 NUMBERED = re.compile(r"(^|\.)(layers|h|blocks)$")
-
-# module names of transformers -> names in checkpoints, where they differ (conversion_mapping.py)
-RENAMED = (
-    (r"\.mlp\.experts\.(\d+)\.gate_proj\.", r".block_sparse_moe.experts.\1.w1."),
-    (r"\.mlp\.experts\.(\d+)\.up_proj\.", r".block_sparse_moe.experts.\1.w3."),
-    (r"\.mlp\.experts\.(\d+)\.down_proj\.", r".block_sparse_moe.experts.\1.w2."),
-    (r"\.mlp\.", r".block_sparse_moe."),
-    (r"^model\.", r"model.language_model."),
-)
 
 
 @dataclass(frozen=True)
@@ -49,8 +42,10 @@ class Skeleton:
         self.model, self.device = model, device
         self.net = build(model.config)
         self.layers_name, self.layers = find_layers(self.net)
-        separate_experts(self.layers)
-        calibrate_linears(self.layers)
+        self.names = Names(self.net, model)
+        for name in sorted(parameters_apart(self.layers)):
+            if not self._computed(f"{self.layers_name}.{name}"):
+                self.names[f"{self.layers_name}.{name}"]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -58,20 +53,27 @@ class Skeleton:
     def prefix(self, index: int) -> str:
         """The name of layer ``index`` in the checkpoint, e.g. ``model.layers.3``."""
         first, _ = next(iter(self.layers[index].named_parameters()))
-        inside = f"{self.layers_name}.{index}"
-        return logical_name(f"{inside}.{first}", self.model).removesuffix(f".{first}")
+        return self.names[f"{self.inside(index)}{first}"].name.removesuffix(f".{first}")
+
+    def inside(self, index: int) -> str:
+        """What the names of layer ``index``'s parameters begin with in ``net``."""
+        return f"{self.layers_name}.{index}."
 
     def materialise(self, index: int) -> nn.Module:
-        """A copy of layer ``index`` with its weights in float32 on the device."""
-        layer = deepcopy(self.layers[index]).to_empty(device=self.device).eval()
-        load_parameters(layer, f"{self.layers_name}.{index}.", self.model)
-        return layer
+        """A copy of layer ``index``, experts apart, with its weights in float32 on the device."""
+        layer = deepcopy(self.layers[index])
+        separate_experts(layer)
+        calibrate_linears(layer)
+        return self._fill(layer, self.inside(index))
+
+    def parameters(self, index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters of ``layer`` by the names of a checkpoint whose experts are separate."""
+        return {self.names[self.inside(index) + n].name: p for n, p in layer.named_parameters()}
 
     def logical_linears(self, index: int, layer: nn.Module) -> dict[str, CalibratedLinear]:
         """The linear layers of ``layer`` by their module names in the checkpoint."""
-        inside = f"{self.layers_name}.{index}."
         return {
-            logical_name(f"{inside}{name}.weight", self.model).removesuffix(".weight"): module
+            self.names[f"{self.inside(index)}{name}.weight"].name.removesuffix(".weight"): module
             for name, module in layer.named_modules()
             if isinstance(module, CalibratedLinear)
         }
@@ -79,7 +81,7 @@ class Skeleton:
     @torch.no_grad()
     def enter(self, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
         """Token ids [B, T] -> the first layer's inputs [B, T, H], and by B what else each layer is handed."""
-        outside = self._outside()
+        outside = self.outside()
         inputs: list[torch.Tensor] = []
         calls: dict[int, list[Call]] = {}
         for token_ids in batches:
@@ -94,23 +96,42 @@ class Skeleton:
     def _leaf(self) -> str:
         return self.layers_name.rpartition(".")[2]
 
-    def _outside(self) -> nn.Module:
+    def outside(self) -> nn.Module:
         """The decoder around its layers, materialised."""
         owner = self.layers_name.rpartition(".")[0]
         decoder = self.net.get_submodule(owner)
         setattr(decoder, self._leaf, nn.ModuleList())
-        decoder = deepcopy(decoder)
-        setattr(self.net.get_submodule(owner), self._leaf, self.layers)
-        prefix = owner + "."
-        for name, module in list(decoder.named_modules()):
-            if any(b is not None and b.is_meta for b in module.buffers(recurse=False)):
-                _remake(decoder, name, self.device)
-        for name, module in decoder.named_modules():
-            for key, value in list(module.named_parameters(recurse=False)):
-                full = f"{prefix}{name}.{key}" if name else f"{prefix}{key}"
-                loaded = plain(self.model[logical_name(full, self.model)], torch.float32)
-                setattr(module, key, nn.Parameter(loaded.to(self.device).view(value.shape), False))
-        return decoder.eval()
+        try:
+            outside = deepcopy(decoder)
+        finally:
+            setattr(decoder, self._leaf, self.layers)
+        return self._fill(outside, f"{owner}.")
+
+    def _fill(self, part: nn.Module, inside: str) -> nn.Module:
+        """Bring ``part`` from the meta device to the device, with the checkpoint's values in float32."""
+        part = part.to_empty(device=self.device).eval()
+        make_buffers(part, self.net.get_submodule(self.layers_name.rpartition(".")[0]))
+        held = part.state_dict(keep_vars=True)
+        for name, value in self.names.values(inside + n for n in held if not self._computed(inside + n)):
+            target = held[name.removeprefix(inside)]
+            target.data.copy_(value.view(target.shape))
+        for name, buffer in part.named_buffers():
+            if buffer.isnan().any():
+                raise FourfoldError(
+                    f"transformers computes {inside}{name} in a way that Fourfold cannot repeat. Use a "
+                    "recipe without calibration (mxfp4)."
+                )
+        return part.requires_grad_(False)
+
+    def _computed(self, parameter: str) -> bool:
+        """Whether it is a buffer that this checkpoint leaves for transformers to compute."""
+        if parameter in self.names:
+            return False
+        owner, _, leaf = parameter.rpartition(".")
+        try:
+            return leaf in self.net.get_submodule(owner)._buffers
+        except AttributeError:
+            return False
 
 
 class Catcher(nn.Module):
@@ -119,9 +140,9 @@ class Catcher(nn.Module):
     def __init__(self, layer: nn.Module, seen: list[tuple[torch.Tensor, Call]]):
         super().__init__()
         self._seen = (seen,)
-        for name in ("attention_type", "layer_type", "is_sliding"):
-            if hasattr(layer, name):
-                setattr(self, name, getattr(layer, name))
+        for name, value in vars(layer).items():  # the decoder may ask a layer for its kind of attention
+            if isinstance(value, (str, int)) and not hasattr(self, name):
+                setattr(self, name, value)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Hidden states, unchanged."""
@@ -139,7 +160,6 @@ def build(config: dict[str, Any]) -> nn.Module:
     model_type = settings.pop("model_type", None)
     try:
         parsed = AutoConfig.for_model(str(model_type), **settings)
-        parsed._attn_implementation = "sdpa"
         parsed._experts_implementation = "eager"
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
@@ -151,12 +171,28 @@ def build(config: dict[str, Any]) -> nn.Module:
         ) from error
 
 
+def make_buffers(part: nn.Module, decoder: nn.Module) -> None:
+    """Let ``decoder`` initialise the buffers of ``part`` that no checkpoint holds: rotary frequencies,
+    embedding scales. What it does not know of becomes NaN.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    assert isinstance(decoder, PreTrainedModel)
+    for buffer in part.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(float("nan"))
+    for module in part.modules():
+        if module._buffers:
+            decoder._init_weights(module)
+
+
 def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the longest numbered list of modules."""
+    """Name and list of the decoder layers: the largest numbered list of modules outside other towers."""
     lists = [
         (name, module)
         for name, module in net.named_modules()
-        if isinstance(module, nn.ModuleList) and NUMBERED.search(name) and "expert" not in name
+        if isinstance(module, nn.ModuleList) and NUMBERED.search(name)
+        if not any(TOWER.search(part) or part == "experts" for part in name.split("."))
     ]
     if not lists:
         raise FourfoldError(
@@ -171,51 +207,3 @@ def calibrate_linears(parent: nn.Module) -> None:
     for module in parent.modules():
         if type(module) is nn.Linear:
             module.__class__ = CalibratedLinear
-
-
-def logical_name(name: str, model: Mapping[str, Any]) -> str:
-    """The checkpoint's name of transformers' parameter ``name``. Raises FourfoldError when it has none."""
-    tries = list(_names(name))
-    for candidate in tries:
-        if candidate in model:
-            return candidate
-    raise FourfoldError(
-        f"transformers expects a parameter {name}, which the checkpoint does not hold (tried "
-        f"{', '.join(tries)}). The folder is incomplete, or its names are not those of this architecture."
-    )
-
-
-def _names(name: str) -> Iterable[str]:
-    seen = dict.fromkeys([name])
-    for pattern, replacement in RENAMED:
-        for known in list(seen):
-            seen[re.sub(pattern, replacement, known)] = None
-    return seen
-
-
-def load_parameters(layer: nn.Module, prefix: str, model: Model) -> None:
-    """Fill ``layer``'s parameters from ``model``, in float32."""
-    for name, parameter in layer.named_parameters():
-        value = plain(model[logical_name(prefix + name, model)], torch.float32)
-        parameter.data.copy_(value.view(parameter.shape))
-        parameter.requires_grad_(False)
-
-
-def _remake(decoder: nn.Module, name: str, device: torch.device) -> None:
-    """Build a module with computed buffers (rotary embeddings, scaled embeddings) anew on ``device``."""
-    module = decoder.get_submodule(name)
-    owner, _, leaf = name.rpartition(".")
-    parent = decoder.get_submodule(owner)
-    if isinstance(module, nn.Embedding):
-        scale = getattr(module, "scalar_embed_scale", None)
-        if scale is not None:
-            module.register_buffer("embed_scale", torch.tensor(scale, device=device), persistent=False)
-            return
-    try:
-        with torch.device(device):
-            setattr(parent, leaf, type(module)(config=decoder.config))
-    except TypeError as error:
-        raise FourfoldError(
-            f"{name} of {type(decoder).__name__} computes buffers in a way that Fourfold cannot repeat "
-            f"({error}). Use a recipe without calibration (mxfp4)."
-        ) from error

@@ -5,7 +5,7 @@ file's hash, the formats of its tensors and what there is to note. A layer witho
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fourfold.checkpoint.storage.header import PlannedTensor, read_header
 from fourfold.checkpoint.storage.reader import read_tensor
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
+from fourfold.compress.calibrated.routing import ExpertTokens
 from fourfold.compress.model import Value
 from fourfold.core.durable import sha256_of, sync_folder, write_file, writing
 from fourfold.core.errors import FourfoldError
@@ -37,6 +38,7 @@ class FinishedLayer(Record):
     sha256: str
     tensors: dict[str, Held]
     notes: list[str] = []
+    experts: list[ExpertTokens] = []
 
 
 class LayerStore:
@@ -58,7 +60,13 @@ class LayerStore:
             return None
         return finished if sha256_of(data) == finished.sha256 else None
 
-    def save(self, key: str, values: Mapping[str, Value], notes: list[str]) -> FinishedLayer:
+    def save(
+        self,
+        key: str,
+        values: Mapping[str, Value],
+        notes: list[str],
+        experts: Sequence[ExpertTokens] = (),
+    ) -> FinishedLayer:
         """Make ``values`` durable as ``key``. Raises FourfoldError when the disk is full."""
         data, record = self._paths(key)
         parts = {name: tensor for value in values.items() for name, tensor in _parts(*value).items()}
@@ -73,7 +81,7 @@ class LayerStore:
             else Held()
             for name, value in values.items()
         }
-        finished = FinishedLayer(sha256=digests[0], tensors=held, notes=notes)
+        finished = FinishedLayer(sha256=digests[0], tensors=held, notes=notes, experts=list(experts))
         with writing(record):
             write_file(record, finished.model_dump_json(indent=1))
         return finished
@@ -97,7 +105,9 @@ class LayerStore:
         def part(suffix: str) -> torch.Tensor:
             stored = header.get(name + suffix)
             if stored is None:
-                raise FourfoldError(f"{self.folder} lacks '{name}{suffix}'. Delete that folder and start anew.")
+                raise FourfoldError(
+                    f"{self.folder} lacks '{name}{suffix}'. Delete that folder and start anew."
+                )
             return read_tensor(stored)  # pyright: ignore[reportArgumentType]
 
         if held.format is None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.routing import ExpertTokens, Routing, Survey, experts_of
 from fourfold.compress.calibrated.skeleton import Call
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
@@ -40,6 +41,8 @@ class LayerWork:
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: dict[str, BlockTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    routing: Routing = field(default_factory=lambda: Routing({}, []))
+    expert_tokens: list[ExpertTokens] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -66,17 +69,41 @@ class LayerWork:
         inputs: Iterable[torch.Tensor] | None = None,
     ) -> None:
         """Run the layer over ``inputs`` (its own by default); ``see(name, x)`` gets the turned input [n, in]
-        of each linear layer of ``names``, before rounding.
+        of each linear layer of ``names``, before rounding. Experts see the tokens of the survey, and starved
+        ones more of them.
         """
         watched = [(name, self.linears[name]) for name in names]
         for name, linear in watched:
             linear.observer = lambda x, name=name: see(name, x)
         try:
             for hidden in self.inputs if inputs is None else inputs:
+                self.routing.lay_down(hidden)
                 self.forward(hidden)
         finally:
+            self.routing.lay_down(None)
             for _, linear in watched:
                 linear.observer = None
+
+    @torch.no_grad()
+    def survey_experts(self) -> None:
+        """Count the tokens that reach each expert, and lay the routing down for ``observe``."""
+        found = experts_of(self.module)
+        surveys = {experts: Survey(experts) for experts in found.values()}
+        for experts, survey in surveys.items():
+            experts.count_only = survey.see
+        for hidden in self.inputs if found else ():
+            self.forward(hidden)
+        for experts in surveys:
+            experts.count_only = None
+        self.routing = Routing(
+            {experts: survey.plans() for experts, survey in surveys.items()},
+            [self.inputs, self.base_inputs or []],
+        )
+        names = {linear: name for name, linear in self.linears.items()}
+        self.expert_tokens = [
+            survey.record(names[next(iter(experts)).up_proj].rsplit(".", 2)[0])
+            for experts, survey in surveys.items()
+        ]
 
     def finish(self, name: str, blocks: BlockTensor) -> None:
         """``blocks`` is the final weight of the linear layer ``name``, which computes with it from now on."""
