@@ -39,7 +39,8 @@ class NoOptions(Record):
 class Pass:
     """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
 
-    ``needs_base``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a recipe may say.
+    ``needs_base``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a recipe may
+    say. ``only_after`` are the passes that may come before it; None: any.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Pass:
     layer: "Callable[[LayerWork, Any], None] | None" = None
     options: type[Record] = NoOptions
     needs_base: bool = False
+    only_after: tuple[str, ...] | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -90,7 +92,7 @@ def prepare(recipe: Recipe, model: Model) -> Model:
 
 
 def run_passes(recipe: Recipe, model: Model) -> Model:
-    """``model`` with every weight in its format, as ``recipe``'s data-free passes make it when it is asked for.
+    """``model`` with every weight in its format, as data-free passes make it when it is asked for.
 
     What calibrated passes make has the same formats and sizes, and takes the place of these tensors.
     """
@@ -152,17 +154,18 @@ def _check_passes(recipe: Recipe) -> None:
         )
     if kinds.count("round") > 1:
         raise UsageError(
-            f"{_who(recipe)} rounds {kinds.count('round')} times (passes: {listed}). After the first, weights "
-            "are in blocks and there is nothing left to round: keep one."
+            f"{_who(recipe)} rounds {kinds.count('round')} times (passes: {listed}). After the first, "
+            "weights are in blocks and there is nothing left to round: keep one."
         )
     _check_order(recipe, names, kinds)
+    _check_before(recipe, names)
 
 
 def _check_order(recipe: Recipe, names: list[str], kinds: list[str]) -> None:
     why = {
         "round": "which rounds. Passes that change weights come before the one that rounds.",
         "rotate": "which mixes the channels that a smoothing pass would scale one by one. Smooth first.",
-        "smooth": "which chooses a scale for every channel too, and the second would undo the first. Keep one.",
+        "smooth": "which scales every channel too, and the second would undo the first. Keep one.",
     }
     for (first, kind), (second, next_kind) in zip(
         zip(names, kinds, strict=True), list(zip(names, kinds, strict=True))[1:], strict=False
@@ -173,6 +176,18 @@ def _check_order(recipe: Recipe, names: list[str], kinds: list[str]) -> None:
         if kind == next_kind == "rotate":
             reason = "which rotates as well: two rotations are one rotation. Keep one."
         raise UsageError(f"{_who(recipe)} puts the pass '{second}' after '{first}', {reason}")
+
+
+def _check_before(recipe: Recipe, names: list[str]) -> None:
+    for place, name in enumerate(names):
+        allowed = get_pass(name).only_after
+        refused = [before for before in names[:place] if allowed is not None and before not in allowed]
+        if refused:
+            raise UsageError(
+                f"{_who(recipe)} puts the pass '{refused[0]}' before '{name}', which learns on the weights "
+                "as they are in the checkpoint and would not know of the change. Remove one of the two"
+                f"{''.join(f'; {other} may come before it' for other in allowed or ())}."
+            )
 
 
 def _who(recipe: Recipe) -> str:

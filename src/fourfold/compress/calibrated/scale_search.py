@@ -11,6 +11,7 @@ The price is one run of the layer for h, and one rounding of each weight per can
 
 import torch
 
+from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.formats import BlockFormat, ScaleRule
 from fourfold.formats.numbers.block import parts
@@ -19,26 +20,35 @@ EXPONENTS = (0, 1, -1)
 SHRINKS = tuple(1 - 0.05 * step for step in range(9))
 
 
-def mean_squares(work: LayerWork) -> dict[str, torch.Tensor]:
-    """By linear layer that is to be rounded: float32 [in], the mean square of each input as it is served.
+class MeanSquares:
+    """Of each input of the layers ``linears``, as it is served, over all tokens that ``see`` is shown."""
 
-    A layer that no token reaches (an expert) gets ones, and a note in ``work``.
-    """
-    sums = {
-        name: torch.zeros(work.linears[name].in_features, dtype=torch.float64, device=work.device)
-        for name in work.schemes
-    }
-    counts = dict.fromkeys(sums, 0)
+    def __init__(self, linears: dict[str, CalibratedLinear]):
+        self.linears = linears
+        self.counts = dict.fromkeys(linears, 0)
+        self.sums = {
+            name: torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+            for name, linear in linears.items()
+        }
 
-    def see(name: str, x: torch.Tensor) -> None:
-        sums[name] += work.linears[name].as_served(x.float()).square().sum(0, dtype=torch.float64)
-        counts[name] += len(x)
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """Count the inputs ``x`` [n, in] of the layer ``name``."""
+        self.sums[name] += self.linears[name].as_served(x.float()).square().sum(0, dtype=torch.float64)
+        self.counts[name] += len(x)
 
-    work.observe(sums, see)
-    starved = [name for name, count in counts.items() if not count]
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Float32 [in]; ones for a layer (an expert) that no token reached."""
+        count = self.counts[name]
+        return (self.sums[name] / count).float() if count else torch.ones_like(self.sums[name]).float()
+
+
+def mean_squares(work: LayerWork) -> MeanSquares:
+    """Those of the linear layers that are to be rounded; notes in ``work`` which of them no token reached."""
+    found = MeanSquares({name: work.linears[name] for name in work.schemes})
+    work.observe(work.schemes, found.see)
+    starved = [name for name, count in found.counts.items() if not count]
     work.notes += [f"{name} saw no token; its scales minimise the plain error" for name in starved]
-    ones = {name: torch.ones_like(sums[name], dtype=torch.float32) for name in starved}
-    return {name: (total / max(1, counts[name])).float() for name, total in sums.items()} | ones
+    return found
 
 
 def search_scales(weight: torch.Tensor, form: BlockFormat, importance: torch.Tensor) -> torch.Tensor:

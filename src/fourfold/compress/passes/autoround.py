@@ -72,11 +72,11 @@ def start_rounding(work: LayerWork, scales: str, reach: float) -> dict[str, Lear
         name: round_to_nearest(f"{name}.weight", work.linears[name].weight.detach(), scheme)
         for name, scheme in work.schemes.items()
     }
-    importance = mean_squares(work) if scales == "search" else {}
+    importance = mean_squares(work) if scales == "search" else None
     learned = {}
     for name, scheme in work.schemes.items():
         linear, start = work.linears[name], nearest[name].scales
-        if scales == "search":
+        if importance is not None:
             start = search_scales(linear.weight.detach(), get_format(scheme.weight), importance[name])
         learned[name] = LearnedRounding(linear, scheme, start, reach)
     return learned
