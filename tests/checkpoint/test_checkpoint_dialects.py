@@ -26,6 +26,7 @@ UNWRITABLE = [("compressed-tensors", f) for f in format_names() if f not in STOR
 UNWRITABLE += [("quark", f) for f in format_names() if f not in WEIGHTS]
 ACTIVATED = [("compressed-tensors", form) for form in CT_ACTIVATIONS]
 ACTIVATED += [("quark", form) for form in QUARK_ACTIVATIONS]
+WHOLE_ROW = {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}
 
 
 WIDE = {
@@ -241,6 +242,10 @@ def test_tensors_that_do_not_fit_are_refused(damaged, change, expected):
         (lambda s: s | {"kv_cache_scheme": {"num_bits": 3}}, "KV cache"),
         (
             lambda s: s | {"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}},
+            "applied to nothing",
+        ),
+        (
+            lambda s: s | {"transform_config": {"config_groups": {"u": WHOLE_ROW}}},
             "transforms its",
         ),
         (lambda s: s | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "leaves out zeros"),

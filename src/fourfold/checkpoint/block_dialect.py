@@ -20,6 +20,7 @@ from fourfold.checkpoint.dialect import (
 )
 from fourfold.checkpoint.kv_scales import PER_HEAD
 from fourfold.checkpoint.layout import Layout, Load, assemble_blocks, block_entry, plan_blocks, store_blocks
+from fourfold.checkpoint.rotations import INPUT_ROTATION, Rotations, add_rotations
 from fourfold.checkpoint.storage.header import PlannedTensor, StoredTensor, short
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import FourfoldError, UsageError
@@ -43,6 +44,7 @@ class BlockDialect(ABC):
     layouts: ClassVar[Mapping[str, Layout]]
     kv_projections: ClassVar[Mapping[str, str]]
     kv_shapes: ClassVar[Mapping[KVCacheFormat, Callable[[int], tuple[int, ...]]]]
+    rotation_times: ClassVar[float] = 1.0  # a trained rotation is stored times this
 
     def claims(self, quantization_config: dict[str, Any] | None) -> bool:
         """By quant_method."""
@@ -52,14 +54,18 @@ class BlockDialect(ABC):
         """A module with a weight_scale is quantized as the configuration says; all else is plain."""
         settings = config["quantization_config"]
         scheme_of, kv_cache = self.read_config(settings)
+        rotations = self.read_rotations(settings)
         layers: dict[str, LayerScheme] = {}
         entries: dict[str, Entry] = {}
         kv_scales: dict[str, torch.Tensor] = {}
+        matrices: dict[str, StoredTensor] = {}
         used: set[str] = set()
         for name, tensor in stored.items():
             module, _, suffix = name.rpartition(".")
             if (owner := self._kv_owner(name)) is not None:
                 kv_scales[owner] = _kv_scale(tensor, load, kv_cache)
+            elif (key := rotations.owner(name)) is not None:
+                matrices[key] = tensor
             elif f"{module}.{SCALE}" not in stored:
                 entries[name] = plain_entry(tensor)
             elif module not in layers and suffix != SCALE:
@@ -76,10 +82,13 @@ class BlockDialect(ABC):
             elif name not in used and suffix != SCALE:
                 entries[name] = plain_entry(tensor)
         _refuse_foreign(stored, entries, used)
+        add_rotations(layers, entries, rotations, matrices, load)
         return Reading(Quantization(layers=layers, kv_cache=kv_cache), entries, kv_scales)
 
     def assemble(self, entry: Entry, load: Load) -> torch.Tensor | BlockTensor:
         """Read a plain tensor or a quantized weight."""
+        if entry.info.name.endswith(INPUT_ROTATION):
+            return (load(entry.parts[VALUE]) / self.rotation_times).float()
         if entry.info.format is None:
             return load(entry.parts[VALUE])
         return assemble_blocks(entry, self.layouts[entry.info.format], load)
@@ -89,6 +98,8 @@ class BlockDialect(ABC):
 
         Raises UsageError for a format, or a name, that cannot be expressed.
         """
+        if info.name.endswith(INPUT_ROTATION):
+            return [self.plan_rotation(info.name.removesuffix(INPUT_ROTATION))]
         if info.format is None:
             assert info.dtype is not None
             return [PlannedTensor(info.name, info.dtype, info.shape)]
@@ -102,6 +113,8 @@ class BlockDialect(ABC):
 
     def store(self, info: TensorInfo, value: torch.Tensor | BlockTensor) -> list[torch.Tensor]:
         """The tensors of the plan."""
+        if isinstance(value, torch.Tensor) and info.name.endswith(INPUT_ROTATION):
+            return [(value * self.rotation_times).to(self.plan(info)[0].dtype)]
         if isinstance(value, torch.Tensor):
             return [value]
         return store_blocks(value, self.layouts[value.format], self.plan(info))
@@ -130,6 +143,18 @@ class BlockDialect(ABC):
     @abstractmethod
     def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, KVCacheFormat | None]:
         """From a quantization_config: what gives a module its scheme, and the KV cache's format."""
+
+    @abstractmethod
+    def read_rotations(self, settings: dict[str, Any]) -> Rotations:
+        """From a quantization_config: which inputs are turned, and which stored tensors are matrices."""
+
+    @abstractmethod
+    def plan_rotation(self, module: str) -> PlannedTensor:
+        """The stored tensor of the trained rotation of ``module``."""
+
+    @abstractmethod
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """By weight: the rotation that is stored beside it although it is the same for every model."""
 
     @abstractmethod
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fourfold.checkpoint.rotations import INPUT_ROTATION
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.quantization import Quantization
 from fourfold.core.records import ModelCard
@@ -22,7 +23,8 @@ def make_card(
 ) -> ModelCard:
     """The card of a model named ``name`` with these tensors; ``parameters`` counts stored values."""
     infos = list(infos)
-    parameters = sum(info.numel for info in infos)
+    # a rotation is no parameter of the model, though its bytes count
+    parameters = sum(info.numel for info in infos if not info.name.endswith(INPUT_ROTATION))
     size_bytes = sum(info.nbytes for info in infos)
     activations = Counter(scheme.activation for scheme in quantization.layers.values())
     return ModelCard(

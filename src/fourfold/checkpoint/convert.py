@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.fingerprint import source_fingerprint
+from fourfold.checkpoint.rotations import check_shared
 from fourfold.checkpoint.sources import open_checkpoint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES, CheckpointWriter, refuse_existing
 from fourfold.core.errors import UsageError
@@ -36,6 +37,7 @@ def convert(
             f"{source} holds nothing quantized, so there is nothing to convert to {dialect}. "
             "Use `fourfold quantize` first."
         )
+    check_shared(scheme, checkpoint.load)
     writer = CheckpointWriter(
         out,
         dialect,

@@ -96,6 +96,10 @@ class Dialect(Protocol):
         """The stored tensor of the ``count`` scales of a k_proj or v_proj ``module``."""
         ...
 
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """By weight: the rotation that is stored beside it although it is the same for every model."""
+        ...
+
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """Whether the quantization_config ``settings`` tells its readers that ``module`` is not quantized."""
         ...

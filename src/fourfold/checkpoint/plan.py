@@ -47,7 +47,7 @@ class CheckpointPlan:
     ):
         self.dialect, self.tensors = dialect, tensors
         self.stored = {info.name: dialect.plan(info) for info in tensors}
-        self.kv = _plan_kv(dialect, quantization, kv_scales)
+        self.beside = _plan_beside(dialect, quantization, kv_scales)
         self.config = dialect.quantization_config(quantization, kept_linears(tensors))
         self.shards = self._split(max_shard_bytes)
         self._check_names()
@@ -58,8 +58,8 @@ class CheckpointPlan:
         return self.dialect.name if self.config is not None else PLAIN
 
     def planned(self, info: TensorInfo) -> list[PlannedTensor]:
-        """The stored tensors of ``info``, its KV scale included."""
-        return self.stored[info.name] + [planned for planned, _ in filter(None, [self.kv.get(info.name)])]
+        """The stored tensors of ``info``, and what goes beside it."""
+        return self.stored[info.name] + [planned for planned, _ in self.beside.get(info.name, ())]
 
     def digest(self) -> str:
         """Changes whenever the bytes of a shard could, given the same numbers."""
@@ -104,13 +104,19 @@ def _shard_name(index: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _plan_kv(
+def _plan_beside(
     dialect: Dialect, quantization: Quantization, scales: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
-    """By the k_proj or v_proj weight that it goes with: the stored KV scale and its numbers."""
+) -> dict[str, list[tuple[PlannedTensor, torch.Tensor]]]:
+    """By the weight that it goes with: what is stored besides tensors of the model, and its numbers.
+
+    That is the KV scale of a k_proj or v_proj, and a rotation that is the same for all.
+    """
+    beside = {name: [fixed] for name, fixed in dialect.fixed_rotations(quantization).items()}
     form = quantization.kv_cache
     if form is None:
-        return {}
+        return beside
     dialect.check_kv_cache(form)
-    planned = {m: dialect.kv_plan(m, form, scale.numel()) for m, scale in scales.items()}
-    return {f"{m}.weight": (tensor, scales[m].reshape(tensor.shape)) for m, tensor in planned.items()}
+    for module, scale in scales.items():
+        planned = dialect.kv_plan(module, form, scale.numel())
+        beside.setdefault(f"{module}.weight", []).append((planned, scale.reshape(planned.shape)))
+    return beside

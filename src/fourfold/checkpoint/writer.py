@@ -50,8 +50,7 @@ class ShardWriter:
         stored = self._plan.stored[name]
         for planned, tensor in zip(stored, self._plan.dialect.store(info, value), strict=True):
             self._file.write(planned.name, tensor)
-        if (scale := self._plan.kv.get(name)) is not None:
-            planned, numbers = scale
+        for planned, numbers in self._plan.beside.get(name, ()):
             self._file.write(planned.name, numbers)
 
 

@@ -10,6 +10,9 @@ from fourfold.core.records import Record
 KVCacheFormat = Literal["fp8", "fp8-head", "mxfp8-e4m3", "mxfp4"]
 
 
+InputTransform = Literal["hadamard", "trained"]
+
+
 class LayerScheme(Record):
     """How one linear layer is held and computed. Format names are those of ``fourfold formats``.
 
@@ -21,7 +24,7 @@ class LayerScheme(Record):
     weight: str
     scale_rule: str | None = None
     activation: str | None = None
-    input_transform: Literal["hadamard", "trained"] | None = None
+    input_transform: InputTransform | None = None
 
 
 class Quantization(Record):

@@ -5,24 +5,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.formats import BlockTensor
-from fourfold.kernels import linear
+from fourfold.kernels import linear, rotate
 
 
 class Linear:
     """x W^T + b with W [out, in] as it is held: a plain tensor, or packed blocks that stay packed.
 
-    ``activation`` names the format that x is rounded to first, as the checkpoint's scheme says.
+    As the checkpoint's scheme says, x is first turned by ``rotation`` (float32 [32, 32], blockwise), and then
+    rounded to the format ``activation``.
     """
 
-    __slots__ = ("activation", "bias", "weight")
+    __slots__ = ("activation", "bias", "rotation", "weight")
 
     def __init__(
-        self, weight: Tensor | BlockTensor, bias: Tensor | None = None, activation: str | None = None
+        self,
+        weight: Tensor | BlockTensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        rotation: Tensor | None = None,
     ):
-        self.weight, self.bias, self.activation = weight, bias, activation
+        self.weight, self.bias, self.activation, self.rotation = weight, bias, activation, rotation
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [..., in] -> [..., out]."""
+        if self.rotation is not None:
+            x = rotate(x, self.rotation)
         y = linear(x, self.weight, self.activation)
         return y if self.bias is None else y.add_(self.bias)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from fourfold.checkpoint import Checkpoint
 from fourfold.core.errors import FourfoldError
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
-from fourfold.formats import BlockTensor
+from fourfold.formats import ROTATION_SIZE, BlockTensor, hadamard
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -23,6 +23,11 @@ class Weights:
         return name in self._names and self.checkpoint.info(name).format is not None
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
+        """A parameter in blocks as held, or in the engine's dtype; raises as ``held`` does."""
+        value = self.held(name, shape)
+        return value if isinstance(value, BlockTensor) else value.to(self.dtype)
+
+    def held(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
         """A parameter as held. Raises FourfoldError when missing, not of ``shape`` or not a plain float."""
         if name not in self._names:
             raise FourfoldError(
@@ -35,15 +40,13 @@ class Weights:
                 f"Tensor '{name}' of {self.checkpoint.source} has shape {list(value.shape)}, but "
                 f"its config.json says {list(shape)}. The config is of another model, or one is damaged."
             )
-        if isinstance(value, BlockTensor):
-            return value
-        if value.dtype not in PLAIN_DTYPES:
+        if isinstance(value, Tensor) and value.dtype not in PLAIN_DTYPES:
             raise FourfoldError(
                 f"Tensor '{name}' of {self.checkpoint.source} is {str(value.dtype).removeprefix('torch.')}, "
                 "which means nothing without scales that its config.json does not describe; the engine takes "
                 "bfloat16, float16, float32 and float64. Use the original model, or restore its config.json."
             )
-        return value.to(self.dtype)
+        return value
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A parameter as a plain tensor of the engine's dtype, dequantized if it is held in blocks."""
@@ -59,7 +62,19 @@ class Weights:
         weight = self.raw(f"{module}.weight", (out_features, in_features))
         offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
         scheme = self.checkpoint.quantization.layer(module)
-        return Linear(weight, offset, scheme.activation if scheme else None)
+        return Linear(weight, offset, scheme.activation if scheme else None, self.rotation(module))
+
+    def rotation(self, module: str) -> Tensor | None:
+        """What the inputs of ``module`` are turned by, float32 [32, 32], or None."""
+        scheme = self.checkpoint.quantization.layer(module)
+        if scheme is None or scheme.input_transform is None:
+            return None
+        if scheme.input_transform == "hadamard":
+            return hadamard()
+        name, shape = f"{module}.input_rotation", (ROTATION_SIZE, ROTATION_SIZE)
+        rotation = self.held(name, shape)
+        assert isinstance(rotation, Tensor), "dialects store rotations as they are"
+        return rotation.float()
 
     def fused(
         self, prefix: str, outs: dict[str, int], in_features: int, bias: bool = False
@@ -67,10 +82,16 @@ class Weights:
         """Layers ``prefix`` + name of one input, rows one after the other, as one weight where possible."""
         parts = [self.linear(prefix + name, size, in_features, bias) for name, size in outs.items()]
         weight = concatenate([part.weight for part in parts])
-        if weight is None or len({part.activation for part in parts}) > 1:
+        if weight is None or len({part.activation for part in parts}) > 1 or not same_rotation(parts):
             return FusedLinear(parts)
         offsets = [part.bias for part in parts if part.bias is not None]
-        return Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation)
+        return Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation)
+
+
+def same_rotation(parts: list[Linear]) -> bool:
+    """Whether all of ``parts`` turn their input alike."""
+    given = [part.rotation for part in parts if part.rotation is not None]
+    return not given or (len(given) == len(parts) and all(torch.equal(given[0], r) for r in given))
 
 
 def concatenate(weights: list[Tensor | BlockTensor]) -> Tensor | BlockTensor | None:

@@ -7,6 +7,18 @@ format, named as on the command line, exports ``FORMAT``; the arithmetic they sh
 from fourfold.formats.numbers.block import BlockFormat, BlockTensor
 from fourfold.formats.numbers.element import ElementFormat
 from fourfold.formats.numbers.registry import format_names, get_format
+from fourfold.formats.numbers.rotation import ROTATION_SIZE, hadamard, hadamard_signs, turn
 from fourfold.formats.numbers.scale import ScaleRule
 
-__all__ = ["BlockFormat", "BlockTensor", "ElementFormat", "ScaleRule", "format_names", "get_format"]
+__all__ = [
+    "ROTATION_SIZE",
+    "BlockFormat",
+    "BlockTensor",
+    "ElementFormat",
+    "ScaleRule",
+    "format_names",
+    "get_format",
+    "hadamard",
+    "hadamard_signs",
+    "turn",
+]

@@ -6,12 +6,14 @@ else the general way in plain torch. Without the C++ extension everything still 
 
 from fourfold.kernels.cpu import cpu_features, native_available, native_problem, set_threads, threads
 from fourfold.kernels.dispatch import linear
+from fourfold.kernels.rotate import rotate
 
 __all__ = [
     "cpu_features",
     "linear",
     "native_available",
     "native_problem",
+    "rotate",
     "set_threads",
     "threads",
 ]

@@ -24,9 +24,11 @@ from fourfold.checkpoint.block_dialect import (
     texts,
 )
 from fourfold.checkpoint.dialect import EXPERTS
+from fourfold.checkpoint.dialects import _transforms
 from fourfold.checkpoint.dialects._targets import EXPRESSION, Targets
 from fourfold.checkpoint.layout import Field, Layout
-from fourfold.checkpoint.storage.header import short
+from fourfold.checkpoint.rotations import Rotations, without_rotations
+from fourfold.checkpoint.storage.header import PlannedTensor, short
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
 
@@ -128,14 +130,28 @@ class CompressedTensors(BlockDialect):
     kv_projections = {".k_proj": ".k_scale", ".v_proj": ".v_scale"}
     kv_shapes = {"fp8": lambda count: (count,), "fp8-head": lambda count: (count, 1, 1)}
 
+    rotation_times = _transforms.STORED_TIMES
+
     def read_config(self, settings: dict[str, Any]) -> tuple[SchemeOf, KVCacheFormat | None]:
         """Groups with targets: a name, ``re:`` and an expression, or the class Linear."""
-        _refuse_more_than_rounding(settings)
+        _refuse_sparsity(settings)
         rules = objects(objects(settings, OWN_KEY), "scale_rules")
         targets = _read_groups(settings, rules)
         kv = settings.get("kv_cache_scheme")
         cache = None if kv is None else _recognise("KV cache", kv, KV_CACHE, dynamic=False)
         return targets.scheme_of, cache
+
+    def read_rotations(self, settings: dict[str, Any]) -> Rotations:
+        """transform_config."""
+        return _transforms.read_transforms(settings)
+
+    def plan_rotation(self, module: str) -> PlannedTensor:
+        """As the library names the parameters of its transforms."""
+        return _transforms.plan_trained(module)
+
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """The Hadamard matrix, once."""
+        return _transforms.fixed_matrices(quantization)
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """By ``ignore``, or because no group targets it."""
@@ -150,7 +166,7 @@ class CompressedTensors(BlockDialect):
         """config_groups by scheme, ignore, kv_cache_scheme."""
         if not quantization.layers and quantization.kv_cache is None:
             return None
-        groups = by_scheme(quantization)
+        groups = by_scheme(without_rotations(quantization))
         names = {f"group_{i}": scheme for i, scheme in enumerate(groups)}
         formats = {_format_name(scheme) for scheme in groups}
         kv = KV_CACHE[quantization.kv_cache].written(dynamic=False) if quantization.kv_cache else None
@@ -165,7 +181,7 @@ class CompressedTensors(BlockDialect):
             "kv_cache_scheme": kv,
             "quant_method": self.method,
             "quantization_status": "compressed",
-            "transform_config": {},
+            "transform_config": _transforms.transform_config(quantization, kept_linears),
             "version": VERSION,
             OWN_KEY: {"scale_rules": {name: scheme.scale_rule for name, scheme in names.items()}},
         }
@@ -197,14 +213,8 @@ def _format_name(scheme: LayerScheme) -> str:
     return "naive-quantized" if name == "float-quantized" and scheme.activation is None else name
 
 
-def _refuse_more_than_rounding(settings: dict[str, Any]) -> None:
-    transforms, sparsity = objects(settings, "transform_config"), objects(settings, "sparsity_config")
-    if any(transforms.values()):
-        raise FourfoldError(
-            "This checkpoint rotates or otherwise transforms its activations while it runs "
-            f"(transform_config in quantization_config: {short(str(transforms))}), which Fourfold does not "
-            "do, so that its weights alone would give wrong answers. Start from the unquantized model."
-        )
+def _refuse_sparsity(settings: dict[str, Any]) -> None:
+    sparsity = objects(settings, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
         raise FourfoldError(
             "This checkpoint leaves out zeros of its weights (sparsity_config in quantization_config: "

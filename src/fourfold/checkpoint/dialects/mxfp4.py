@@ -71,6 +71,10 @@ class GptOss:
         """Refused: read only."""
         raise read_only(self.name)
 
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """None."""
+        return {}
+
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """Always: what is quantized is told by the tensors' names."""
         return True

@@ -60,6 +60,10 @@ class Plain:
         """There is none."""
         raise kv_cache_unsaid(self.name, form, ())
 
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """None."""
+        return {}
+
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """Always."""
         return True

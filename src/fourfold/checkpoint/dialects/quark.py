@@ -24,8 +24,10 @@ from fourfold.checkpoint.block_dialect import (
     objects,
     texts,
 )
+from fourfold.checkpoint.dialects import _online_rotation
 from fourfold.checkpoint.layout import Field, Layout
-from fourfold.checkpoint.storage.header import short
+from fourfold.checkpoint.rotations import Rotations, without_rotations
+from fourfold.checkpoint.storage.header import PlannedTensor, short
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
 
@@ -35,7 +37,6 @@ VERSION = "0.13"  # of amd-quark, whose configuration this is
 KV_PATTERNS = ("*k_proj", "*v_proj")
 CALCULATION_MODES = ("even", "floor", "ceil")
 CODES = "weight"
-ROTATIONS = ("rotation", "quarot")
 E8M0 = Layout(Field(CODES, torch.uint8), Field(SCALE, torch.uint8))
 E4M3 = Field(CODES, torch.float8_e4m3fn)
 
@@ -87,9 +88,20 @@ class Quark(BlockDialect):
                 "This Quark checkpoint holds fake-quantized weights (export.weight_format), which say "
                 "nothing of how they were rounded. Export it again with weight_format real_quantized."
             )
-        _refuse_online_rotations(settings.get("algo_config"))
         rules = objects(objects(settings, OWN_KEY), "scale_rules")
         return _Layers(settings, rules).scheme_of, _read_kv(settings)
+
+    def read_rotations(self, settings: dict[str, Any]) -> Rotations:
+        """algo_config."""
+        return _online_rotation.read_algorithms(settings.get("algo_config"))
+
+    def plan_rotation(self, module: str) -> PlannedTensor:
+        """As Quark's QParamsLinearWithRotation names it."""
+        return _online_rotation.plan_trained(module)
+
+    def fixed_rotations(self, quantization: Quantization) -> dict[str, tuple[PlannedTensor, torch.Tensor]]:
+        """The signs of the Hadamard matrix, for each module."""
+        return _online_rotation.fixed_matrices(quantization)
 
     def says_kept(self, settings: dict[str, Any], module: str) -> bool:
         """By ``exclude``."""
@@ -99,6 +111,8 @@ class Quark(BlockDialect):
         self, quantization: Quantization, kept_linears: Collection[str]
     ) -> dict[str, Any] | None:
         """global_quant_config, layer_quant_config, exclude, and the KV cache where there is one."""
+        algorithms = _online_rotation.algorithms(quantization)
+        quantization = without_rotations(quantization)
         groups = by_scheme(quantization)
         if not groups:
             if quantization.kv_cache is not None:
@@ -111,7 +125,7 @@ class Quark(BlockDialect):
         cache = self._kv_layers(quantization, first) if quantization.kv_cache else {}
         rules = {module: scheme.scale_rule for scheme in others for module in groups[scheme]}
         return {
-            "algo_config": None,
+            "algo_config": algorithms,
             "exclude": sorted(kept_linears),
             "export": {
                 "kv_cache_group": list(KV_PATTERNS) if cache else [],
@@ -191,23 +205,6 @@ class _Layers:
         if default is None or scheme.model_copy(update={"scale_rule": default.scale_rule}) != default:
             return scheme
         return default
-
-
-def _refuse_online_rotations(algorithms: object) -> None:
-    """Algorithms that only changed weights are done with; a rotation of activations is part of the model.
-
-    R1 may be kept online, R4 always is; R2 is folded into weights, and R3 turns queries and keys alike, so
-    that it cancels out (RotationConfig of amd-quark).
-    """
-    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
-        if not isinstance(algorithm, dict) or algorithm.get("name") not in ROTATIONS:
-            continue
-        if algorithm.get("online_r1_rotation") or algorithm.get("r4", True):
-            raise FourfoldError(
-                "This checkpoint rotates activations while it runs (algo_config in quantization_config: "
-                f"{short(str(algorithm))}), which Fourfold does not do, so that its weights alone would give "
-                "wrong answers. Start from the unquantized model."
-            )
 
 
 def _read_layer(name: str, layer: object, rule: object) -> LayerScheme:

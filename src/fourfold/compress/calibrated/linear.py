@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fourfold.formats import BlockFormat
+from fourfold.formats import BlockFormat, turn
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -39,9 +39,3 @@ class CalibratedLinear(nn.Linear):
         if self.rounds_input:
             x = self.as_served(x)
         return F.linear(x, self.weight, self.bias)
-
-
-def turn(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Every run of n values along the last dimension of ``x`` times ``rotation`` [n, n]."""
-    size = rotation.shape[0]
-    return (x.unflatten(-1, (-1, size)) @ rotation.to(x.dtype)).flatten(-2)

@@ -1,24 +1,9 @@
-"""Rotations inside a block: the input's 32 values of a block are mixed, and the weight holds the inverse.
-
-Spreading an outlier over its own block costs nothing elsewhere: no other block's power-of-two scale moves,
-which is why block rotation helps MXFP4 where a rotation over all channels can hurt (arXiv:2509.23202 and
-arXiv:2511.04214). ``H`` is the Sylvester Hadamard matrix over sqrt(32): symmetric, and its own inverse.
-"""
+"""Which rotation a linear layer's input gets, from its scheme."""
 
 import torch
 
 from fourfold.core.quantization import LayerScheme
-from fourfold.formats import BlockTensor
-
-BLOCK = 32
-
-
-def hadamard(size: int = BLOCK) -> torch.Tensor:
-    """The normalised Hadamard matrix [size, size] in float32; ``size`` is a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+from fourfold.formats import BlockTensor, hadamard
 
 
 def rotation_of(
