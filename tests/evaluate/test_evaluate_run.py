@@ -157,6 +157,6 @@ def test_a_text_that_cannot_be_read_is_one_error(tmp_path):
 
 
 def test_the_registry_lists_the_task_and_refuses_others(markov_pair, text):
-    assert task_names() == ["heldout", "humaneval", "longcontext"]
+    assert task_names() == ["heldout", "humaneval", "lm-eval", "longcontext"]
     with pytest.raises(UsageError, match=r"Unknown evaluation task.*heldout"):
         evaluate(*markov_pair, {"t": text}, task="arc")

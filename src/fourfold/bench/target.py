@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -47,9 +47,9 @@ def public_target(target: str) -> str:
 
 
 @contextmanager
-def serving(target: str) -> Iterator[str]:
+def serving(target: str, options: Sequence[str] = ()) -> Iterator[str]:
     """The base URL of ``target``; a model is served while the block runs and stopped after it, however it
-    ends.
+    ends. ``options`` are further words for ``fourfold serve``.
 
     Raises FourfoldError, with the last lines of the server's stderr, when it dies or never becomes healthy.
     """
@@ -58,6 +58,7 @@ def serving(target: str) -> Iterator[str]:
         return
     port = free_port()
     command = [sys.executable, "-m", "fourfold", "serve", target, "--host", "127.0.0.1", "--port", str(port)]
+    command += options
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:

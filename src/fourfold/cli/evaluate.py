@@ -1,141 +1,163 @@
 """``fourfold evaluate``: is the model still good, and does it keep its gates?"""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fourfold.cli import evaluate_options as options
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 
 if TYPE_CHECKING:
-    from fourfold.core.records import EvaluationRecord, GateResult
-
-COLUMNS = ("perplexity", "base", "ratio", "KL", "agreement")
+    from fourfold.core.records import EvaluationRecord, LayerPicture, ScoresRecord
+    from fourfold.engine import Engine
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model folder, GGUF file or hub name.")],
-    against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="The model it was made from, to compare with.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Text to judge on instead of the package's own; may be repeated."),
-    ] = None,
-    gate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="METRIC=LIMIT",
-            help="Exit with 1 when the value is worse than the limit: perplexity, perplexity_ratio, "
-            "kl_divergence (at most), top1_agreement (at least). May be repeated.",
-        ),
-    ] = None,
-    window_tokens: Annotated[int, typer.Option(help="Tokens the model reads at a time.")] = 512,
-    max_tokens_per_text: Annotated[
-        int, typer.Option(min=0, help="Tokens taken of each text, spread through it; 0 takes all.")
-    ] = 4096,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; as many as cores by default.")
-    ] = None,
+    model: options.Model,
+    task: options.TaskName = "heldout",
+    against: options.Against = None,
+    text: options.Text = None,
+    gate: options.GateOption = None,
+    window_tokens: options.WindowTokens = None,
+    max_tokens_per_text: options.MaxTokens = None,
+    layers: options.Layers = False,
     kv_cache: KVCacheOption = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the figures here.")] = None,
+    questions: options.Questions = None,
+    samples: options.Samples = None,
+    temperature: options.Temperature = None,
+    max_tokens: options.AnswerTokens = None,
+    seed: options.Seed = None,
+    concurrency: options.Concurrency = None,
+    tokenizer: options.Tokenizer = None,
+    include: options.Include = None,
+    model_name: options.ServedModel = None,
+    api_key_env: options.ApiKey = None,
+    threads: options.Threads = None,
+    json: options.Json = None,
 ) -> None:
-    """Perplexity with a 95 % interval, and KL divergence and agreement with the model it was made from.
+    """Perplexity with a 95 % interval, closeness to the model it was made from, and tasks.
 
     Example: `fourfold evaluate my-mxfp4 --against my-model --gate kl_divergence=0.05 --json quality.json`
     """
-    from fourfold.cli.output import check_json_path, progress_bar, write_json
-    from fourfold.engine import Engine, EngineConfig
-    from fourfold.evaluate import default_texts, parse_gates, read_texts
-    from fourfold.evaluate import evaluate as measure
+    from fourfold.cli.evaluate_tables import show, show_scores
+    from fourfold.cli.output import check_json_path, write_json
+    from fourfold.core.records import EvaluationRecord
+    from fourfold.evaluate import ServedTask, get_task
 
     check_json_path(json)
-    gates = parse_gates(gate or [], has_base=against is not None)
-    texts = read_texts(text) if text else default_texts()
+    reading = {"against": against, "text": text, "window_tokens": window_tokens, "layers": layers}
+    reading |= {"max_tokens_per_text": max_tokens_per_text}
+    asking = {"questions": questions, "samples": samples, "temperature": temperature}
+    asking |= {"max_tokens": max_tokens, "seed": seed, "concurrency": concurrency}
+    asking |= {"tokenizer": tokenizer, "include": include}
+    server = {"model_name": model_name, "api_key_env": api_key_env}
+    engine = {"threads": threads, "kv_cache": kv_cache}
+    if isinstance(get_task(task.partition(":")[0]), ServedTask):
+        options.refuse(task, reading, "it asks a served model and reads no texts")
+        record = ask(model, task, gate or [], asking, server, engine)
+    else:
+        options.refuse(task, asking | server, "it reads texts with the model in memory and asks nothing")
+        record = read(model, task, gate or [], reading, engine)
+    write_json(json, record)
+    show(record) if isinstance(record, EvaluationRecord) else show_scores(record)
+    if not all(result.passed for result in record.gates):
+        raise typer.Exit(1)
+
+
+def read(
+    model: str, task: str, gate: list[str], reading: dict[str, Any], engine_options: dict[str, Any]
+) -> "EvaluationRecord":
+    """Load the model and its base, and let them read."""
+    from fourfold.bench.target import is_url
+    from fourfold.cli.output import progress_bar
+    from fourfold.core.errors import UsageError
+    from fourfold.engine import Engine, EngineConfig
+    from fourfold.evaluate import Task, default_texts, get_task, parse_gates, read_texts
+    from fourfold.evaluate import evaluate as measure
+
+    against, chosen = reading["against"], get_task(task)
+    assert isinstance(chosen, Task)
+    if ":" in task or any(is_url(m) for m in (model, against) if m):
+        raise UsageError(f"The task '{task}' reads a model's logits: name model folders, not a server.")
+    if reading["layers"] and against is None:
+        raise UsageError("--layers compares with a base layer by layer: add --against BASE.")
+    gates = parse_gates(gate, against is not None, chosen.gates)
+    texts = read_texts(reading["text"]) if reading["text"] else default_texts()
     # logits of whole windows go past the paged cache, so that one block of it is enough
-    config = EngineConfig(threads=threads, kv_block_size=16, kv_cache_tokens=16)
-    own = config.model_copy(update={"kv_cache": check_kv_cache(kv_cache)})  # the base stays as it is
+    plain = EngineConfig(threads=engine_options["threads"], kv_block_size=16, kv_cache_tokens=16)
+    own = plain.model_copy(update={"kv_cache": check_kv_cache(engine_options["kv_cache"])})
     engine = Engine.load(model, own)
-    base = None if against is None else Engine.load(against, config)
+    base = None if against is None else Engine.load(against, plain)
+    given = reading["max_tokens_per_text"]
     with progress_bar("windows") as progress:
         record = measure(
             engine,
             base,
             texts,
-            window_tokens=window_tokens,
-            max_tokens_per_text=max_tokens_per_text or None,
+            task=task,
+            window_tokens=reading["window_tokens"],
+            max_tokens_per_text=chosen.max_tokens_per_text if given is None else given or None,
             gates=gates,
             progress=progress,
         )
-    write_json(json, record)
-    show(record)
-    if not all(result.passed for result in record.gates):
-        raise typer.Exit(1)
+    if base is None or against is None or not reading["layers"]:
+        return record
+    return record.model_copy(update={"layers": look_inside(engine, base, texts, model, against)})
 
 
-def show(record: "EvaluationRecord") -> None:
-    """Print the record for a person."""
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+def look_inside(
+    engine: "Engine", base: "Engine", texts: dict[str, str], model: str, against: str
+) -> "LayerPicture":
+    """The picture of layers and linears."""
+    from fourfold.checkpoint import open_checkpoint
+    from fourfold.cli.output import progress_bar
+    from fourfold.evaluate import layer_picture, linear_errors
 
-    from fourfold.cli.output import estimate_text, stdout
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("text", overflow="fold")
-    for name in COLUMNS if record.base is not None else COLUMNS[:1]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, quality in [*record.texts.items(), ("overall", record.overall)]:
-        cells = [estimate_text(quality.perplexity, 2)]
-        if record.base is not None:
-            cells += [
-                f"{quality.perplexity_base.value:.2f}" if quality.perplexity_base else "",
-                estimate_text(quality.perplexity_ratio, 4),
-                estimate_text(quality.kl_divergence, 4),
-                estimate_text(quality.top1_agreement, 1, percent=True),
-            ]
-        table.add_row(escape(name), *cells, style="bold" if name == "overall" else None)
-    stdout.print(_heading(record), soft_wrap=True)
-    stdout.print(table)
-    stdout.print(_remarks(record), soft_wrap=True)
-    for result in record.gates:
-        stdout.print(_verdict(record, result), soft_wrap=True)
+    with progress_bar("layers") as progress:
+        picture = layer_picture(engine, base, texts, progress=progress)
+    with progress_bar("weights") as progress:
+        linears, notes = linear_errors(open_checkpoint(model), open_checkpoint(against), progress)
+    return picture.model_copy(update={"linears": linears, "notes": notes})
 
 
-def _heading(record: "EvaluationRecord") -> str:
-    from rich.markup import escape
+def ask(
+    target: str,
+    task: str,
+    gate: list[str],
+    asking: dict[str, Any],
+    server: dict[str, Any],
+    engine_options: dict[str, Any],
+) -> "ScoresRecord":
+    """Ask the server behind a URL, or serve the model for as long as it takes."""
+    from pathlib import Path
 
-    cards = [record.model] if record.base is None else [record.model, record.base]
-    lines = [
-        f"{escape(card.name)}: {card.weight_format}, {card.bits_per_weight:.2f} bits per weight"
-        for card in cards
+    from fourfold.bench.target import is_url, public_target, serving
+    from fourfold.cli.bench import bearer
+    from fourfold.cli.output import progress_bar
+    from fourfold.evaluate import ServedOptions, check_served, evaluate_served, parse_score_gates
+
+    gates = parse_score_gates(gate)
+    asked = ServedOptions(**{name: value for name, value in asking.items() if value is not None})
+    check_served(task, asked)
+    if is_url(target):
+        options.refuse(task, engine_options, "the server is running already")
+    elif asked.tokenizer is None and (Path(target) / "tokenizer.json").is_file():
+        asked = asked.model_copy(update={"tokenizer": target})
+    words = [
+        word
+        for name, value in engine_options.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
     ]
-    return "\nagainst ".join(lines)
-
-
-def _remarks(record: "EvaluationRecord") -> str:
-    from rich.markup import escape
-
-    notes = {note for card in (record.model, record.base) if card is not None for note in card.notes}
-    overall = record.overall
-    windows = f"{overall.tokens} tokens scored in {overall.windows} windows of {record.window_tokens}"
-    lines = [f"{windows}; below each value its 95 % interval."]
-    if record.base is not None:
-        lines += [
-            "KL: mean KL(base || model), nats per token. Agreement: both have the same likeliest token."
-        ]
-    return "\n".join([*lines, *(f"Note: {escape(note)}" for note in sorted(notes))])
-
-
-def _verdict(record: "EvaluationRecord", result: "GateResult") -> str:
-    """One line for a gate: kept or not, and whether the interval leaves doubt."""
-    from fourfold.evaluate import estimate_of
-
-    estimate = estimate_of(record.overall, result.metric)
-    word = "[green]kept[/green]" if result.passed else "[red]not kept[/red]"
-    doubt = (
-        " (the interval contains the limit: more text could turn this)"
-        if estimate.low <= result.limit <= estimate.high
-        else ""
-    )
-    return f"gate {result.metric} {result.limit:g}: {word} at {result.value:.5g}{doubt}"
+    headers = bearer(server["api_key_env"])
+    with serving(target, words) as url, progress_bar("questions") as progress:
+        return evaluate_served(
+            url,
+            task=task,
+            options=asked,
+            model=server["model_name"],
+            target=public_target(target),
+            headers=headers,
+            gates=gates,
+            progress=progress,
+        )

@@ -19,6 +19,7 @@ class Endpoint:
 
     def __init__(self, url: str, model: str | None = None, headers: dict[str, str] | None = None):
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
+        self.headers = headers or {}
         self.client = httpx.Client(timeout=httpx.Timeout(10.0, read=LONGEST_ANSWER_S), headers=headers)
         entries = self._models()
         names = [str(entry.get("id")) for entry in entries]
@@ -27,6 +28,8 @@ class Endpoint:
         entry = entries[names.index(model) if model else 0]
         self.model_name = str(entry.get("id"))
         self.card = _card(entry)
+        longest = entry.get("max_model_len")
+        self.max_positions = longest if isinstance(longest, int) and longest > 0 else None
 
     def complete(self, prompt: str, **fields: Any) -> list[str] | None:
         """The texts that follow ``prompt``, one per choice; None when it does not fit the model's context.

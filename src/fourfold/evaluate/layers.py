@@ -6,8 +6,8 @@ For windows of the texts, with h the base's states and layer i the model's alone
     KL        mean KL(base || base with layer i replaced): the base goes on from there to its logits
     built up  the same ratio after layer i with all layers the model's
 
-The KL is what a layer costs in the end: early errors may vanish, and late ones go straight into the logits. The
-mean is over tokens and not over the whole state, since in many models a few tokens hold nearly all of its size.
+The KL is what a layer costs in the end: early errors may vanish, and late ones go straight into the logits.
+The mean is over tokens and not over the whole state: in many models a few tokens hold nearly all its size.
 
 Price: for L layers every window costs L/2 runs of the base besides, so few short windows are taken.
 """
@@ -111,9 +111,9 @@ def check_pair(model: LayeredModel, base: LayeredModel) -> None:
 
 
 def check_basis(hidden: np.ndarray, wanted: np.ndarray, model: LayeredModel) -> None:
-    """Raises FourfoldError when the states before the first layer are not the base's, give or take rounding."""
+    """Raises FourfoldError when the states before the first layer are more than a rounding away."""
     if hidden.shape != wanted.shape or float(distances(hidden, wanted).mean()) > ANOTHER_BASIS:
         raise FourfoldError(
-            f"The embeddings of '{model.card.name}' are not its base's (resized, rescaled or rotated), so its "
-            "layers cannot stand in the base one by one. Evaluate without --layers."
+            f"The embeddings of '{model.card.name}' are not its base's (resized, rescaled or rotated), so "
+            "its layers cannot stand in the base one by one. Evaluate without --layers."
         )

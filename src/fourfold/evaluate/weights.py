@@ -1,8 +1,8 @@
-"""How far rounding has moved each quantized weight from the base's: read from two checkpoints, tensor by tensor.
+"""How far rounding has moved each quantized weight from the base's, read from two checkpoints.
 
 A weight whose input is turned (``input_transform``) is turned back first, W = W' R^T. What passes have folded
-into weights (scales moved between a norm and its linears) cannot be told from rounding here; norms that differ
-from the base's give it away, and the picture then says so.
+into weights (scales moved between a norm and its linears) cannot be told from rounding here; norms that
+differ from the base's give it away, and the picture then says so.
 """
 
 import re

@@ -1,0 +1,155 @@
+"""The tasks of EleutherAI's lm-evaluation-harness, asked of a served model: ``lm-eval:arc_easy,gsm8k``.
+
+The library does all of it (prompts, few shots, scoring, standard errors) through its ``local-completions``
+model; here is only the way in and out. Multiple-choice tasks ask for the log-probabilities of given text
+(``echo`` with ``logprobs``), so they need a server that answers that, and a tokenizer here to know where a
+choice begins.
+
+``--include`` adds a folder of further task files (YAML), with data of your own if you like.
+
+Interval: the library's standard error times 1.96, kept within 0..1 for shares.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.machine import installed_version
+from fourfold.core.records import Estimate, Score
+from fourfold.evaluate.endpoint import Endpoint
+from fourfold.evaluate.served import ServedOptions
+from fourfold.evaluate.task import Answered, Progress, ServedTask
+
+NORMAL_95 = 1.959964
+SHARES = ("acc", "exact_match", "pass", "f1", "em")
+DEFAULT_CONTEXT = 2048  # lm-eval's own, for servers that do not tell theirs
+
+METHOD = (
+    "lm-evaluation-harness through its local-completions model; prompts, shots and scoring are the "
+    "library's. 95 % interval: its standard error times 1.96."
+)
+
+
+def task_list(argument: str) -> list[str]:
+    """The task names after the colon. Raises UsageError when there is none."""
+    names = [name.strip() for name in argument.split(",") if name.strip()]
+    if not names:
+        raise UsageError("Name the tasks of lm-eval: --task lm-eval:arc_easy,hellaswag.")
+    return names
+
+
+def check(argument: str, options: ServedOptions) -> None:
+    """Refuse what cannot be before any model is loaded; FourfoldError when the library is not installed."""
+    task_list(argument)
+    if options.samples > 1 or options.temperature is not None:
+        raise UsageError("--samples and --temperature are humaneval's; tasks of lm-eval say themselves.")
+    if options.include is not None and not options.include.is_dir():
+        raise UsageError(f"--include {options.include} is no folder. Name one that holds task files (YAML).")
+    if find_spec("lm_eval") is None:
+        raise FourfoldError("lm-eval is not installed: pip install 'fourfold[evaluate]'.")
+
+
+def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Progress) -> Answered:
+    """Let the library ask. Raises UsageError for unknown tasks, FourfoldError for whatever it fails at."""
+    names = task_list(argument)
+    with quiet():
+        # not by import: the library is optional, and its types are not for checking
+        library, tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
+        manager = tasks.TaskManager(include_path=str(options.include) if options.include else None)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if unknown:
+            raise UsageError(
+                f"lm-eval knows no task '{unknown[0]}'. `lm-eval ls tasks` lists what there is; "
+                "--include DIR adds your own."
+            )
+        try:
+            results = library.simple_evaluate(
+                model="local-completions",
+                model_args=model_arguments(endpoint, options),
+                tasks=list(names),
+                task_manager=manager,
+                limit=options.questions,
+                log_samples=False,
+                bootstrap_iters=1000,
+                random_seed=options.seed,
+                numpy_random_seed=options.seed,
+                torch_random_seed=options.seed,
+            )
+        except Exception as error:  # a library of libraries: anything may come out of it
+            raise FourfoldError(explain(error, names, options)) from error
+    scores, notes = read_results(results or {})
+    settings = {"questions": options.questions, "tokenizer": options.tokenizer, "seed": options.seed}
+    return Answered(scores, settings=settings | {"lm_eval": installed_version("lm_eval")}, notes=notes)
+
+
+def model_arguments(endpoint: Endpoint, options: ServedOptions) -> dict[str, Any]:
+    """What lm-eval's client needs to know of the server."""
+    return {
+        "base_url": f"{endpoint.url}/v1/completions",
+        "model": endpoint.model_name,
+        "num_concurrent": options.concurrency,
+        "max_length": endpoint.max_positions or DEFAULT_CONTEXT,
+        "max_gen_toks": options.max_tokens,
+        "tokenizer": options.tokenizer,
+        "tokenizer_backend": "huggingface" if options.tokenizer else "none",
+        "header": dict(endpoint.headers) or None,
+        "seed": options.seed,
+    }
+
+
+def explain(error: Exception, names: list[str], options: ServedOptions) -> str:
+    """The library's failure as one paragraph with what helps most often."""
+    said = " ".join(str(error).split())[:300] or "no message"
+    if options.tokenizer is None:
+        remedy = "Tasks that score given text need --tokenizer FOLDER, the model's own."
+    else:
+        remedy = "See that the task's data can be loaded here, and that the server answers echo and logprobs."
+    return f"lm-eval failed at {', '.join(names)} ({type(error).__name__}: {said}). {remedy}"
+
+
+def read_results(results: dict[str, Any]) -> tuple[list[Score], list[str]]:
+    """Scores with intervals; what the library gives none for stands in the notes."""
+    scores, notes = [], []
+    better = results.get("higher_is_better", {})
+    for task, figures in results.get("results", {}).items():
+        for key, value in figures.items():
+            metric, _, choice = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not choice:
+                continue
+            name = f"{task}/{metric}" + (f",{choice}" if choice != "none" else "")
+            error = figures.get(f"{metric}_stderr,{choice}")
+            if not isinstance(error, int | float):
+                notes.append(f"{name} is {value:.5g}; lm-eval gives no standard error.")
+                continue
+            questions = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
+            higher = bool(better.get(task, {}).get(metric, True))
+            estimate = interval(metric, float(value), float(error))
+            scores.append(Score(name=name, value=estimate, higher_is_better=higher, questions=questions))
+    return scores, notes
+
+
+def interval(metric: str, value: float, error: float) -> Estimate:
+    """The plain interval; a share's ends at 0 and 1."""
+    low, high = value - NORMAL_95 * error, value + NORMAL_95 * error
+    if metric.startswith(SHARES) and 0 <= value <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(value=value, low=low, high=high)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The library's chatter stays off the terminal; its warnings and errors do not."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+TASK = ServedTask(ask=ask, check=check, method=METHOD)
