@@ -65,7 +65,9 @@ def test_a_flipped_bit_is_found(copy):
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(bytes(content))
-    assert "model.safetensors is not what was written" in problem(copy)
+    file, tensor = verify(copy).problems
+    assert "model.safetensors is not what was written" in file
+    assert tensor.startswith("model.layers.") and "not the tensor that was in memory" in tensor
 
 
 def test_a_missing_and_an_added_file_are_found(copy):

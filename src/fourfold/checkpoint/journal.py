@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from fourfold.checkpoint.digests import read_digests
 from fourfold.core.durable import sha256_of, write_file, writing
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import read_manifest
@@ -21,10 +22,13 @@ LOCK = "lock"
 
 
 class JournalRecord(Record):
-    """The journal's content: the fingerprint of the work and the hash of each finished shard."""
+    """The journal's content: the fingerprint of the work, the hash of each finished shard, and the digests of
+    its tensors.
+    """
 
     fingerprint: dict[str, str]
     shards: dict[str, str] = {}
+    digests: dict[str, dict[str, str]] = {}
 
 
 class Journal:
@@ -50,12 +54,19 @@ class Journal:
         """Files that are durable, with their sha256."""
         return dict(self.record.shards)
 
-    def add(self, file: str, sha256: str) -> None:
+    def digests(self) -> dict[str, dict[str, str]]:
+        """By file, the digest of each tensor as it was handed to be written."""
+        return dict(sorted(self.record.digests.items()))
+
+    def add(self, file: str, sha256: str, digests: dict[str, str]) -> None:
         """Record that ``file`` is durable."""
-        self.record = JournalRecord(
-            fingerprint=self.record.fingerprint, shards=self.record.shards | {file: sha256}
-        )
-        self._write()
+        old = self.record
+        self._replace(old.shards | {file: sha256}, old.digests | {file: digests})
+
+    def drop(self, file: str) -> None:
+        """Forget ``file``: it is not what it should be."""
+        old = self.record
+        self._replace({f: h for f, h in old.shards.items() if f != file}, old.digests)
 
     @staticmethod
     def own_files() -> tuple[str, ...]:
@@ -72,6 +83,11 @@ class Journal:
         """Take the journal away when all is written; the manifest stands for it from now on."""
         (self.work / JOURNAL).unlink()
         (self.work / LOCK).unlink()
+
+    def _replace(self, shards: dict[str, str], digests: dict[str, dict[str, str]]) -> None:
+        kept = {file: found for file, found in digests.items() if file in shards}
+        self.record = JournalRecord(fingerprint=self.record.fingerprint, shards=shards, digests=kept)
+        self._write()
 
     def _write(self) -> None:
         path = self.work / JOURNAL
@@ -90,8 +106,10 @@ class Journal:
                     "command as it was, or delete that folder to start anew."
                 )
         # a shard that was damaged since is simply written again
-        kept = {f: h for f, h in previous.shards.items() if _matches(self.work / f, h)}
-        self.record = JournalRecord(fingerprint=fingerprint, shards=kept)
+        kept = {
+            f: h for f, h in previous.shards.items() if f in previous.digests and _matches(self.work / f, h)
+        }
+        self._replace(kept, previous.digests)
 
 
 def _matches(path: Path, sha256: str) -> bool:
@@ -110,7 +128,10 @@ def _read(work: Path) -> JournalRecord | None:
     if manifest is None:
         return None
     shards = {name: h for name, h in manifest.sha256.items() if name.endswith(".safetensors")}
-    return JournalRecord(fingerprint=manifest.fingerprint, shards=shards)
+    digests = read_digests(work)
+    return JournalRecord(
+        fingerprint=manifest.fingerprint, shards=shards, digests=digests.files if digests else {}
+    )
 
 
 def _lock(work: Path) -> int:

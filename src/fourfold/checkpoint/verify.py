@@ -1,4 +1,5 @@
-"""Is this folder whole? Hashes, headers, shapes against the configuration, and scales that are numbers.
+"""Is this folder whole? Hashes, headers, shapes against the configuration, scales that are numbers, and every
+tensor against the digest of what was in memory when it was written.
 
 Everything is read once, tensor by tensor. What is found is reported, all of it, and not raised.
 """
@@ -11,6 +12,7 @@ import torch
 
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import get_dialect, kept_linears
+from fourfold.checkpoint.digests import DIGESTS_NAME, digest, read_digests
 from fourfold.checkpoint.folder import CONFIG, read_model_config
 from fourfold.checkpoint.kv_scales import kv_scale_problems
 from fourfold.checkpoint.sources import QUANTIZATION_CONFIG, manifest_of, open_folder
@@ -36,6 +38,7 @@ class VerifyReport(Record):
     quantized_tensors: int
     size_bytes: int
     files_hashed: int
+    tensors_compared: int = 0
     problems: list[str]
     passed: bool
 
@@ -46,6 +49,7 @@ def verify(folder: Path) -> VerifyReport:
         raise UsageError(f"{folder} is no folder. Name a checkpoint's folder.")
     problems: list[str] = []
     hashed = 0
+    digests: dict[str, str] = {}
     checkpoint: Checkpoint | None = None
     try:
         manifest = manifest_of(folder)
@@ -58,7 +62,9 @@ def verify(folder: Path) -> VerifyReport:
         infos = [checkpoint.info(name) for name in checkpoint.names()]
         form, scales = checkpoint.quantization.kv_cache, checkpoint.kv_scales
         problems += kv_scale_problems(form, infos, checkpoint.config, scales)
-        problems += _tensor_problems(checkpoint)
+        if manifest and DIGESTS_NAME in manifest.sha256 and (found := read_digests(folder)):
+            digests = found.tensors
+        problems += _tensor_problems(checkpoint, digests)
     except FourfoldError as error:
         problems.append(str(error))
     infos = [checkpoint.info(name) for name in checkpoint.names()] if checkpoint else []
@@ -69,6 +75,7 @@ def verify(folder: Path) -> VerifyReport:
         quantized_tensors=sum(info.format is not None for info in infos),
         size_bytes=sum(info.nbytes for info in infos),
         files_hashed=hashed,
+        tensors_compared=len(digests),
         problems=problems,
         passed=not problems,
     )
@@ -156,9 +163,16 @@ def _config_problems(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
             )
 
 
-def _tensor_problems(checkpoint: Checkpoint) -> Iterator[str]:
+def _tensor_problems(checkpoint: Checkpoint, digests: dict[str, str]) -> Iterator[str]:
+    for name in digests.keys() - set(checkpoint.names()):
+        yield f"{name} is named in {DIGESTS_NAME} but not to be found. Copy the folder again."
     for name in checkpoint.names():
         value = checkpoint.load(name)
+        if name in digests and digest(value) != digests[name]:
+            yield (
+                f"{name} is not the tensor that was in memory when it was written. Copy the folder again; if "
+                "that does not help, quantize the source again."
+            )
         if isinstance(value, BlockTensor) and (count := _bad_scales(value)):
             yield f"{name} has {count} scales that are no numbers. Quantize the source again."
 

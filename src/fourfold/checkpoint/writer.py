@@ -2,8 +2,9 @@
 
 Work happens in ``OUT.partial``. Which tensor goes into which shard, and every byte offset, is planned from
 names, shapes and formats before the first tensor is computed; a journal lists the shards that are on disk. A
-run that was killed continues with ``resume`` and gives the same bytes as one that was not. Only the last
-step, after the manifest with every file's hash, gives the folder its name ``OUT``.
+run that was killed continues with ``resume`` and gives the same bytes as one that was not. At the end the
+folder is opened as a reader would, and every tensor compared with what was in memory; only the last step,
+after the manifest with every file's hash, gives the folder its name ``OUT``.
 """
 
 import hashlib
@@ -18,10 +19,12 @@ import torch
 from fourfold import __version__
 from fourfold.checkpoint.card import make_card
 from fourfold.checkpoint.dialect import get_writable
+from fourfold.checkpoint.digests import DIGESTS_NAME, TensorDigests, differing, digest
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
 from fourfold.checkpoint.journal import Journal
 from fourfold.checkpoint.kv_scales import calibrated_scales
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
+from fourfold.checkpoint.sources import open_folder
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.durable import sha256_of, sync_file, sync_folder, write_file, writing
@@ -35,10 +38,13 @@ DEFAULT_SHARD_BYTES = 2_000_000_000
 
 
 class ShardWriter:
-    """Writes the tensors of one shard; each logical tensor becomes the dialect's stored ones."""
+    """Writes the tensors of one shard; each logical tensor becomes the dialect's stored ones.
 
-    def __init__(self, file: SafetensorsWriter, plan: CheckpointPlan, shard: Shard):
-        self._file, self._plan = file, plan
+    ``digests`` gets the digest of each.
+    """
+
+    def __init__(self, file: SafetensorsWriter, plan: CheckpointPlan, shard: Shard, digests: dict[str, str]):
+        self._file, self._plan, self._digests = file, plan, digests
         self._infos = {info.name: info for info in shard.tensors}
 
     def write(self, name: str, value: torch.Tensor | BlockTensor) -> None:
@@ -47,6 +53,7 @@ class ShardWriter:
         if info is None:
             raise FourfoldError(f"Tensor '{name}' is not planned for the shard {self._file.path.name}.")
         _check_value(info, value)
+        self._digests[name] = digest(value)
         stored = self._plan.stored[name]
         for planned, tensor in zip(stored, self._plan.dialect.store(info, value), strict=True):
             self._file.write(planned.name, tensor)
@@ -112,8 +119,9 @@ class CheckpointWriter:
         shard = self.shards[index]
         planned = [stored for info in shard.tensors for stored in self.plan.planned(info)]
         path = self.work / shard.file
-        with SafetensorsWriter(path, planned, lambda digest: self._journal.add(shard.file, digest)) as file:
-            yield ShardWriter(file, self.plan, shard)
+        digests: dict[str, str] = {}
+        with SafetensorsWriter(path, planned, lambda h: self._journal.add(shard.file, h, digests)) as file:
+            yield ShardWriter(file, self.plan, shard, digests)
 
     def finish(
         self,
@@ -131,7 +139,8 @@ class CheckpointWriter:
 
         ``card`` defaults to what the plan says, with ``notes``. ``write_tokenizer``
         (``Checkpoint.write_tokenizer``) puts the tokenizer's files into the folder it is given. ``tidy``
-        takes away what else lies in ``work``, once nothing of it is needed any more.
+        takes away what else lies in ``work``, once nothing of it is needed any more. Raises FourfoldError
+        when a tensor that is read back is not the one that was written.
         """
         if pending := self.pending():
             raise FourfoldError(f"{self.work} still lacks {len(pending)} shards, first {pending[0].file}.")
@@ -142,6 +151,8 @@ class CheckpointWriter:
         card = card or make_card(
             self.out.name, self.config, self.stored_infos(), self.quantization, list(notes)
         )
+        self._write_json(DIGESTS_NAME, TensorDigests(files=self._journal.digests()).model_dump())
+        self._check_written()
         manifest = self._write_manifest(source, recipe, calibration, card)
         if tidy is not None:
             tidy()
@@ -169,6 +180,22 @@ class CheckpointWriter:
             )
             for info in self.plan.tensors
         ]
+
+    def _check_written(self) -> None:
+        """Read every tensor back and compare; the shards of those that differ are to be written again."""
+        files = self._journal.digests()
+        expected = {name: found for names in files.values() for name, found in names.items()}
+        wrong = list(differing(open_folder(self.work), expected))
+        if not wrong:
+            return
+        for file in [file for file, names in files.items() if not names.keys().isdisjoint(wrong)]:
+            self._journal.drop(file)
+        raise FourfoldError(
+            f"{len(wrong)} tensors of {self.work} are not what was in memory when they are read back, first "
+            f"{wrong[0]}. Either the disk fails, or the dialect {self.plan.dialect.name} stores something "
+            "wrongly. Run the same command with --resume, which writes these shards again; if that does not "
+            "help, report it as a bug of Fourfold."
+        )
 
     def _write_config(self, generation_config: dict[str, Any]) -> None:
         config = dict(self.config)

@@ -28,7 +28,8 @@ def verify(
     stdout.print(
         f"{escape(str(folder))}: {verdict}; {report.tensors} tensors, {report.quantized_tensors} quantized, "
         f"{bytes_text(report.size_bytes)}, dialect {report.dialect}, "
-        f"{report.files_hashed} files compared with the hashes in the manifest",
+        f"{report.files_hashed} files compared with the hashes in the manifest, {report.tensors_compared} "
+        "tensors with what was in memory when they were written",
         soft_wrap=True,
     )
     if not report.passed:
