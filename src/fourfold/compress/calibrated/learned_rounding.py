@@ -16,10 +16,12 @@ The price is six numbers in float32 for each weight while it is learned.
 import torch
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.scale_search import global_scale
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
 
 LN2 = 0.6931471805599453
+HALF = 0.5
 NEAREST = 0.45  # how far t may start from the middle of its exponent, so that no rounding error changes it
 
 
@@ -37,7 +39,7 @@ class LearnedRounding:
         self.form, self.rule, self.reach = get_format(scheme.weight), scheme.scale_rule, reach
         self.linear = linear
         weight = linear.weight.detach().clone()
-        self.whole = self.form.whole_scale(weight) if self.form.scale == "e4m3" else None
+        self.whole = global_scale(weight, self.form)
         self.runs = weight.view(-1, self.form.block_size or weight.shape[-1])
         self.offset = torch.zeros_like(self.runs)
         self.log2_scale = self._start(self.form.multipliers(scales, self.whole))
@@ -48,6 +50,19 @@ class LearnedRounding:
             return given
         wanted = (self.runs.abs().amax(-1).view_as(given) / self.form.element.max).log2()
         return wanted.clamp(given - NEAREST, given + NEAREST)
+
+    @torch.no_grad()
+    def start_at(self, rounded: torch.Tensor) -> None:
+        """Set V so that the weight is rounded to ``rounded`` [out, in] (values under the present scales), as
+        far as the reach goes: to zero where it is anyway, else to just past the threshold.
+        """
+        scale, y, step, nearest = self._rounded()
+        wanted = rounded.view_as(self.runs) / scale
+        away = (wanted - y) / step
+        past = away - away.sign() * (HALF - 1e-3)
+        reached = self.form.element.round(past * step + y) == wanted
+        self.offset = torch.where(nearest == wanted, 0, torch.where(reached, past, away))
+        self.confine()
 
     def scales(self) -> torch.Tensor:
         """The scales as they are held."""
@@ -70,7 +85,7 @@ class LearnedRounding:
         upstream = self.linear.weight.grad.view_as(self.runs).float() * scale
         moved = y + self.offset.detach() * step
         inside = moved.abs() <= self.form.element.max + step / 2
-        by_scale = upstream * torch.where(inside, rounded - moved, rounded)
+        by_scale = upstream * torch.where(inside, rounded - y, rounded)
         per_run = by_scale.sum(-1) * LN2
         whole = per_run.view_as(self.log2_scale) if self.log2_scale.ndim else per_run.sum()
         return upstream.mul_(step).mul_(inside), whole
@@ -99,5 +114,7 @@ class LearnedRounding:
         scale = self.form.multipliers(self.scales(), self.whole).reshape(-1, 1)
         y = self.runs / scale
         step = self.form.element.step(y)
-        rounded = self.form.element.round((y / step).add_(self.offset).round_().mul_(step))
-        return scale, y, step, rounded
+        moved = (
+            self.offset * step + y if self.reach > HALF else (y / step).add_(self.offset).round_().mul_(step)
+        )
+        return scale, y, step, self.form.element.round(moved)

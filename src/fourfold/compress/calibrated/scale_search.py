@@ -57,7 +57,7 @@ def search_scales(weight: torch.Tensor, form: BlockFormat, importance: torch.Ten
     ``weight`` [out, in] is finite float32, ``importance`` [in] is not negative. Of equal errors the first
     candidate's wins: FLOOR's exponent, or the scale that does not shrink.
     """
-    whole = form.whole_scale(weight) if form.scale == "e4m3" else None
+    whole = global_scale(weight, form)
     best = least = None
     for scales in _candidates(weight, form, whole):
         error = _errors(weight, form, form.multipliers(scales, whole), importance)
@@ -69,6 +69,11 @@ def search_scales(weight: torch.Tensor, form: BlockFormat, importance: torch.Ten
         least = torch.where(better, error, least)
     assert best is not None
     return best
+
+
+def global_scale(weight: torch.Tensor, form: BlockFormat) -> torch.Tensor | None:
+    """What is stored beside block scales: nvfp4's float32 scalar, None elsewhere."""
+    return form.whole_scale(weight) if form.scale == "e4m3" else None
 
 
 def _candidates(weight: torch.Tensor, form: BlockFormat, whole: torch.Tensor | None) -> list[torch.Tensor]:

@@ -6,7 +6,8 @@ the original layer gives (Cheng et al., arXiv:2309.05516; 200 steps as there). A
 scheme are simulated while learning. ``loss: relative`` divides each token's squared error by its squared
 output: a norm follows, so that an error matters in proportion, and the few tokens with huge values do not
 drown the others; ``plain`` is the paper's. ``scales: search`` starts from the exponents that ``mse-scale``
-would choose, ``rule`` from those of the scheme's rule.
+would choose, ``rule`` from those of the scheme's rule. ``start: gptq`` rounds the layer by GPTQ first and
+learns from there.
 
 A step sees one batch of the calibration set (4096 tokens on a CPU, 16384 on a GPU), in an order drawn from
 ``seed``. Of the start and of ``checks`` later points the best on up to eight batches is kept, so that a
@@ -21,6 +22,7 @@ from pydantic import Field
 from fourfold.compress.calibrated.learned_rounding import LearnedRounding
 from fourfold.compress.calibrated.scale_search import mean_squares, search_scales
 from fourfold.compress.calibrated.work import LayerWork
+from fourfold.compress.passes import gptq
 from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.compress.pipeline import Pass
 from fourfold.core.records import Record
@@ -31,13 +33,15 @@ CHECK_BATCHES = 8
 
 class Options(Record):
     """``lr`` is the first step's size in rounding steps (default 1 / steps); ``scale_lr`` that of the scales'
-    base-2 logarithm, by default the same; 0 leaves the scales as they start. ``reach`` bounds the offset.
+    base-2 logarithm, by default the same; 0 leaves the scales as they start. ``reach`` bounds the offset:
+    half a step from ``rtn``, where it only chooses up or down, and 4 from ``gptq``, by default.
     """
 
     steps: int = Field(200, ge=1)
     lr: float | None = Field(None, gt=0)
     scale_lr: float | None = Field(None, ge=0)
-    reach: float = Field(0.5, gt=0, le=4)
+    reach: float | None = Field(None, gt=0, le=4)
+    start: Literal["rtn", "gptq"] = "rtn"
     scales: Literal["search", "rule"] = "search"
     loss: Literal["relative", "plain"] = "relative"
     checks: int = Field(10, ge=1)
@@ -48,7 +52,7 @@ def round_layer(work: LayerWork, options: Options) -> None:
     """Finish every weight of the layer that the scheme names. Raises FourfoldError for NaN or Inf in one."""
     if not work.schemes:
         return
-    learned = start_rounding(work, options.scales, options.reach)
+    learned = start_at_gptq(work, options) if options.start == "gptq" else start_nearest(work, options)
     assert work.base_inputs is not None, "the pass asks for base inputs"
     targets = work.outputs(work.base_inputs)
     served = {name: work.linears[name].rounds_input for name in work.schemes}
@@ -66,19 +70,34 @@ def round_layer(work: LayerWork, options: Options) -> None:
     )
 
 
-def start_rounding(work: LayerWork, scales: str, reach: float) -> dict[str, LearnedRounding]:
-    """A LearnedRounding for each weight to be rounded, at the scheme's rule or at searched scales."""
+def start_at_gptq(work: LayerWork, options: Options) -> dict[str, LearnedRounding]:
+    """A LearnedRounding for each weight to be rounded, at what GPTQ makes of it."""
+    original = {name: work.linears[name].weight.detach().clone() for name in work.schemes}
+    gptq.round_layer(work, gptq.Options.model_validate({}))
+    learned = {}
+    for name, scheme in work.schemes.items():
+        linear, blocks = work.linears[name], work.blocks.pop(name)
+        linear.weight.data.copy_(original[name])
+        learned[name] = LearnedRounding(linear, scheme, blocks.scales, options.reach or 4.0)
+        learned[name].start_at(blocks.dequantize())
+    return learned
+
+
+def start_nearest(work: LayerWork, options: Options) -> dict[str, LearnedRounding]:
+    """A LearnedRounding for each weight to be rounded, at the nearest values under the scheme's rule or under
+    searched scales.
+    """
     nearest = {
         name: round_to_nearest(f"{name}.weight", work.linears[name].weight.detach(), scheme)
         for name, scheme in work.schemes.items()
     }
-    importance = mean_squares(work) if scales == "search" else None
+    importance = mean_squares(work) if options.scales == "search" else None
     learned = {}
     for name, scheme in work.schemes.items():
         linear, start = work.linears[name], nearest[name].scales
         if importance is not None:
             start = search_scales(linear.weight.detach(), get_format(scheme.weight), importance[name])
-        learned[name] = LearnedRounding(linear, scheme, start, reach)
+        learned[name] = LearnedRounding(linear, scheme, start, options.reach or 0.5)
     return learned
 
 
