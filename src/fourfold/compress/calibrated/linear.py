@@ -5,6 +5,7 @@ ask of the engine. While a layer is worked on, ``rounds_input`` is off and ``obs
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ Observer = Callable[[torch.Tensor], None]
 
 
 class CalibratedLinear(nn.Linear):
-    """``rotation`` [32, 32] multiplies every run of 32 inputs from the right; the weight holds its inverse."""
+    """``rotation`` [32, 32] multiplies every run of 32 inputs from the right; the weight is turned too."""
 
     rotation: torch.Tensor | None = None
     activation: BlockFormat | None = None
@@ -28,8 +29,11 @@ class CalibratedLinear(nn.Linear):
         return x if self.rotation is None else turn(x, self.rotation)
 
     def as_served(self, turned: torch.Tensor) -> torch.Tensor:
-        """A turned input in the values that the served model multiplies."""
-        return turned if self.activation is None else self.activation.fake_quantize(turned)
+        """A turned input in the values that the served model multiplies; gradients pass straight through."""
+        if self.activation is None:
+            return turned
+        rounded = self.activation.fake_quantize(turned)
+        return straight_through(turned, rounded) if turned.requires_grad else rounded
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
@@ -39,3 +43,24 @@ class CalibratedLinear(nn.Linear):
         if self.rounds_input:
             x = self.as_served(x)
         return F.linear(x, self.weight, self.bias)
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the second argument. Backward: as if it were the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        """``rounded``."""
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, to ``x``."""
+        return grads[0], None
+
+
+def straight_through(x: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """``rounded``, whose gradient goes to ``x`` as if it were that (Bengio et al., arXiv:1308.3432)."""
+    result = StraightThrough.apply(x, rounded)
+    assert isinstance(result, torch.Tensor)
+    return result
