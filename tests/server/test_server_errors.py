@@ -44,7 +44,7 @@ def error_of(response) -> dict:
         ({"prompt": "a", "logprobs": 21}, "logprobs", "invalid_value"),
         ({"prompt": "a", "seed": 2**64}, "seed", "invalid_value"),
         ({"prompt": "a", "min_tokens": 30, "max_tokens": 20}, "min_tokens", "invalid_value"),
-        ({"prompt": "a", "echo": True}, "echo", "unsupported_parameter"),
+        ({"prompt": "a", "echo": True, "stream": True}, "echo", "unsupported_parameter"),
         ({"prompt": "a", "best_of": 3}, "best_of", "unsupported_parameter"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
         ({"prompt": "a", "stream_options": {}}, "stream_options", "unsupported_parameter"),

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from openai import BadRequestError, NotFoundError
 
 from fourfold.engine import Engine, EngineConfig, SamplingParams
@@ -205,6 +206,33 @@ def test_completion_logprobs_are_the_engines(live, reference):
     assert logprobs.tokens == [live.engine.tokenizer.token_text(t) for t in want.token_ids]
     assert len(logprobs.top_logprobs) == len(logprobs.text_offset) == 6
     assert max(logprobs.top_logprobs[0].values()) == pytest.approx(want.logprobs[0])
+
+
+def test_an_echoed_prompt_comes_with_the_engines_logprobs(live, reference):
+    ids = live.engine.tokenizer.encode("A tale of two")
+    got = live.openai().completions.create(
+        model="tiny-llama", prompt=[ids, ids[:4]], temperature=0, max_tokens=2, logprobs=2, echo=True, n=2
+    )
+    assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
+    for choice, prompt in zip(got.choices, [ids, ids, ids[:4], ids[:4]], strict=True):
+        text = live.engine.tokenizer.decode(prompt)
+        assert choice.text.startswith(text)
+        logprobs, want = choice.logprobs, torch.from_numpy(reference.logits(prompt)).log_softmax(-1)
+        assert len(logprobs.tokens) == len(prompt) + 2
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        expected = [float(want[i, token]) for i, token in enumerate(prompt[1:])]
+        assert logprobs.token_logprobs[1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+        best = [max(top.values()) for top in logprobs.top_logprobs[1 : len(prompt)]]
+        assert best == pytest.approx(want.max(-1).values[:-1].tolist(), abs=1e-4)
+        assert logprobs.text_offset[len(prompt)] == len(text)
+
+
+def test_an_echo_without_logprobs_is_text_only(live):
+    plain = live.complete(prompt="A tale", temperature=0, max_tokens=3).json()["choices"][0]
+    echoed = live.complete(prompt="A tale", temperature=0, max_tokens=3, echo=True).json()["choices"][0]
+    assert echoed["text"] == "A tale" + plain["text"] and echoed["logprobs"] is None
+    refused = live.complete(prompt="a" * 600, echo=True)
+    assert refused.status_code == 400 and "context length" in refused.text
 
 
 def test_chat_logprobs(live):

@@ -1,5 +1,6 @@
 """Requests to tokens: a model in memory, packed as its checkpoint is, continuing many prompts at once."""
 
+from fourfold.engine.echo import echo
 from fourfold.engine.engine import Engine
 from fourfold.engine.requests import (
     Completion,
@@ -21,4 +22,5 @@ __all__ = [
     "TextStream",
     "TokenOutput",
     "Tokenizer",
+    "echo",
 ]

@@ -16,7 +16,10 @@ from fourfold.server.streams import TokenStream
 
 @dataclass
 class Generation:
-    """The choices of one request on their way: ``n`` of each prompt; prompt tokens count each prompt once."""
+    """The choices of one request on their way: ``n`` of each prompt; prompt tokens count each prompt once.
+
+    ``echoes`` are the prompts as outputs, one list for each, where the answer is to begin with them.
+    """
 
     id: str
     model: str
@@ -26,6 +29,7 @@ class Generation:
     stream: TokenStream
     watch: LatencyWatch
     created: int = field(default_factory=lambda: int(time.time()))
+    echoes: list[list[TokenOutput]] = field(default_factory=list)
     completion_tokens: int = 0
     cached_tokens: dict[int, int] = field(default_factory=dict)
 
@@ -47,7 +51,8 @@ class Generation:
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer. Raises ApiError when the engine refuses or fails."""
-        choices: list[list[TokenOutput]] = [[] for _ in self.stream.requests]
+        before = self.echoes or [[] for _ in self.stream.requests[:: self.n]]
+        choices = [list(before[index // self.n]) for index in range(len(self.stream.requests))]
         async for batch in self.batches():
             for index, output in batch:
                 choices[index].append(output)

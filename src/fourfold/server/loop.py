@@ -6,13 +6,15 @@ that serves many requests wakes the event loop once. The price: the thread share
 the HTTP side, so everything done per token there is kept small.
 """
 
+import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol, TypeVar
 
 from fourfold.core.errors import FourfoldError
 from fourfold.engine import Request, TokenOutput
@@ -21,6 +23,7 @@ from fourfold.server.streams import TokenStream
 
 logger = logging.getLogger("fourfold.server")
 
+T = TypeVar("T")
 Delivery = list[tuple[TokenStream, TokenOutput | ApiError]]
 
 
@@ -40,13 +43,33 @@ class SteppingEngine(Protocol):
         ...
 
 
+class Call:
+    """A function for the engine's thread, and the future of the event loop that waits for it."""
+
+    def __init__(self, function: Callable[[], Any], future: asyncio.Future[Any]):
+        self.function, self.future = function, future
+
+    def run(self) -> None:
+        """Call it, and hand over what it returns or raises."""
+        try:
+            settle, value = self.future.set_result, self.function()
+        except Exception as error:
+            settle, value = self.future.set_exception, _why_refused(error)
+        with contextlib.suppress(RuntimeError):  # that event loop is closed: nobody waits any more
+            self.future.get_loop().call_soon_threadsafe(self._settle, settle, value)
+
+    def _settle(self, settle: Callable[[Any], None], value: Any) -> None:
+        if not self.future.done():
+            settle(value)
+
+
 class EngineLoop:
     """Steps an engine in a background thread, from the first request until ``stop``."""
 
     def __init__(self, engine: SteppingEngine):
         self.engine = engine
         self.failure: str | None = None
-        self._inbox: queue.SimpleQueue[TokenStream | list[str] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[TokenStream | Call | list[str] | None] = queue.SimpleQueue()
         self._streams: dict[str, TokenStream] = {}
         self._lock = threading.Lock()
         self._closed = self._stopping = False
@@ -79,10 +102,23 @@ class EngineLoop:
                 raise refusal
             stream = TokenStream(requests, self._queue_abort)
             self._inbox.put(stream)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="fourfold-engine", daemon=True)
-                self._thread.start()
+            self._start()
         return stream
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in the engine's thread between two steps, which it holds up. Raises ApiError."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if (refusal := self.refusal()) is not None:
+                raise refusal
+            self._inbox.put(Call(function, future))
+            self._start()
+        return await future
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fourfold-engine", daemon=True)
+            self._thread.start()
 
     def _queue_abort(self, request_ids: Collection[str]) -> None:
         self._inbox.put(list(request_ids))
@@ -108,6 +144,8 @@ class EngineLoop:
                 self._stopping = True
             elif isinstance(command, TokenStream):
                 self._add(command)
+            elif isinstance(command, Call):
+                command.run()
             else:
                 for request_id in command:
                     self._abort(request_id)

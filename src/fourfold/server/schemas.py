@@ -131,12 +131,13 @@ class GenerationRequest(ApiModel):
         if not isinstance(data, dict):
             return data
         kept = {}
+        neutral = {name: values for name, values in NEUTRAL.items() if name not in cls.model_fields}
         for name, value in data.items():
-            if name in NEUTRAL and value is not None and value not in NEUTRAL[name]:
-                allowed = " or ".join(map(json.dumps, NEUTRAL[name]))
+            if name in neutral and value is not None and value not in neutral[name]:
+                allowed = " or ".join(map(json.dumps, neutral[name]))
                 remedy = f"leave it out or send {allowed}" if allowed else "leave it out"
                 raise unsupported(name, f"This server does not support '{name}': {remedy}.")
-            if name not in NEUTRAL and name not in IGNORED:
+            if name not in neutral and name not in IGNORED:
                 kept[name] = value
         return kept
 
@@ -165,7 +166,15 @@ class CompletionRequest(GenerationRequest):
 
     prompt: list[Text] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = Field(False, description="begin the answer with the prompt, and its logprobs if asked for")
     add_special_tokens: bool = Field(True, description="let the tokenizer put its BOS before a text prompt")
+
+    @model_validator(mode="after")
+    def echo_comes_whole(self) -> Self:
+        """A prompt is no stream of new tokens."""
+        if self.echo and self.stream:
+            raise unsupported("echo", "'echo' is only supported without 'stream'.")
+        return self
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -3,11 +3,12 @@
 import asyncio
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 from pydantic import ValidationError
 
 from fourfold.core.errors import FourfoldError
-from fourfold.engine import Engine, Request, SamplingParams
+from fourfold.engine import Engine, Request, SamplingParams, echo
 from fourfold.server.errors import ApiError, from_validation
 from fourfold.server.generation import Generation
 from fourfold.server.loop import EngineLoop
@@ -47,7 +48,16 @@ class Service:
         watch = LatencyWatch(self.metrics)
         prompts = await asyncio.to_thread(self.encode_prompts, body)
         sampling = sampling_of(body, body.max_tokens or COMPLETION_MAX_TOKENS, body.logprobs)
-        return self.begin(prompts, body.n, sampling, CompletionShape(self.engine.tokenizer.token_text), watch)
+        for prompt in prompts if body.echo else []:
+            self.check_prompt(prompt, sampling.max_tokens)
+        echoes = [
+            await self.loop.call(partial(echo, self.engine, prompt, body.logprobs))
+            for prompt in (prompts if body.echo else [])
+        ]
+        shape = CompletionShape(self.engine.tokenizer.token_text)
+        generation = self.begin(prompts, body.n, sampling, shape, watch)
+        generation.echoes = echoes
+        return generation
 
     async def begin_chat(self, body: ChatRequest) -> Generation:
         """Start the next turn of a chat. Raises ApiError."""

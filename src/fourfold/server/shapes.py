@@ -52,8 +52,9 @@ class CompletionShape:
         return self.choice(index, [output], offset)
 
     def logprobs(self, outputs: Sequence[TokenOutput], offset: int) -> Json | None:
-        """Four parallel lists over the tokens; None when none were asked for."""
-        if outputs[0].logprob is None:
+        """Four parallel lists over the tokens; None when none were asked for. An echoed prompt's first token
+        has none, as OpenAI has it."""
+        if outputs[-1].logprob is None:
             return None
         offsets = []
         for output in outputs:
@@ -61,12 +62,16 @@ class CompletionShape:
             offset += len(output.text)
         return {
             "tokens": [self.decode(o.token_id) for o in outputs],
-            "token_logprobs": [finite(o.logprob) for o in outputs],
+            "token_logprobs": [None if o.logprob is None else finite(o.logprob) for o in outputs],
             "top_logprobs": [
-                {self.decode(token): finite(value) for token, value in o.top_logprobs or []} for o in outputs
+                None if o.top_logprobs is None else self.by_text(o.top_logprobs) for o in outputs
             ],
             "text_offset": offsets,
         }
+
+    def by_text(self, top: list[tuple[int, float]]) -> dict[str, float]:
+        """Likeliest tokens by their texts; of tokens with one text (pieces of characters) the likeliest."""
+        return {self.decode(token): finite(value) for token, value in reversed(top)}
 
 
 class ChatShape:
