@@ -2,7 +2,8 @@
 
 At any time one layer is in memory, and the hidden states between two layers: tokens x hidden size x 2 bytes,
 twice when a pass compares with the original model. What a finished layer hands on is computed from the very
-values that were made durable, so that a run which is resumed gives the same bytes as one that was not.
+values that were made durable, so that a run which is resumed gives the same bytes as one that was not. When
+memory ends inside a layer, that layer is begun again with batches of half the size.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.memory import is_out_of_memory, no_room, release
 from fourfold.compress.calibrated.names import Source
 from fourfold.compress.calibrated.rotation import rotation_of
 from fourfold.compress.calibrated.skeleton import Call, Skeleton
@@ -19,7 +21,7 @@ from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
 from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Model, Value
-from fourfold.compress.passes.rtn import round_to_nearest
+from fourfold.compress.passes.rtn import check_finite, round_to_nearest
 from fourfold.compress.pipeline import Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
 from fourfold.core.records import Record
@@ -81,7 +83,22 @@ class LayerLoop:
         self._base_inputs = list(self._inputs) if self.needs_base else None
 
     def step(self, index: int) -> FinishedLayer:
-        """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next, if any."""
+        """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next, if any.
+
+        Raises FourfoldError when memory does not suffice for a single sequence.
+        """
+        while True:
+            try:
+                return self._step(index)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            # out here nothing refers to what was in memory when it ended
+            release(self.skeleton.device)
+            self._halve_batches(f"Layer {self.skeleton.prefix(index)}", reason)
+
+    def _step(self, index: int) -> FinishedLayer:
         work = self.begin(index)
         is_last = index + 1 == len(self.skeleton)
         base_outputs = None if work.base_inputs is None or is_last else work.outputs(work.base_inputs)
@@ -94,9 +111,22 @@ class LayerLoop:
             self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
         return finished
 
+    def _halve_batches(self, what: str, reason: str) -> None:
+        size = max(map(len, self._inputs))
+        if size == 1:
+            raise no_room(what, self.skeleton.device, reason)
+        half = (size + 1) // 2
+        self._inputs = [part for hidden in self._inputs for part in hidden.split(half)]
+        if self._base_inputs is not None:
+            self._base_inputs = [part for hidden in self._base_inputs for part in hidden.split(half)]
+        sizes = sorted({len(hidden) for hidden in self._inputs})
+        _, self._calls = self.skeleton.enter(self.calibration.token_ids[:count] for count in sizes)
+
     def begin(self, index: int) -> LayerWork:
-        """Layer ``index`` with its original weights."""
+        """Layer ``index`` with its original weights. Raises FourfoldError naming one that is not finite."""
         module = self.skeleton.materialise(index)
+        for name, parameter in self.skeleton.parameters(index, module).items():
+            check_finite(name, parameter)
         linears = self.skeleton.logical_linears(index, module)
         layers = self.model.quantization.layers
         schemes = {name: layers[name] for name in linears if name in layers}
