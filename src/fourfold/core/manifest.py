@@ -11,7 +11,8 @@ MANIFEST_NAME = "fourfold.json"
 class Manifest(Record):
     """Written last into every checkpoint that Fourfold makes; ``fourfold verify`` checks against it.
 
-    ``calibration`` says which tokens calibrated passes saw: source, samples, sequence_tokens, seed, sha256.
+    ``calibration`` says which tokens calibrated passes saw: source, samples, sequence_tokens, seed, sha256,
+    and of experts ``expert_tokens``: how many the router sent to each.
     """
 
     kind: Literal["fourfold.checkpoint/1"] = "fourfold.checkpoint/1"

@@ -8,6 +8,7 @@ memory ends inside a layer, that layer is begun again with batches of half the s
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.memory import is_out_of_memory, no_room, release
 from fourfold.compress.calibrated.names import Source
 from fourfold.compress.calibrated.rotation import rotation_of
+from fourfold.compress.calibrated.routing import ExpertTokens, summarise
 from fourfold.compress.calibrated.skeleton import Call, Skeleton
 from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
 from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
@@ -24,6 +26,7 @@ from fourfold.compress.model import Model, Value
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
 from fourfold.compress.pipeline import Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
+from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
 from fourfold.formats import get_format
 
@@ -48,7 +51,8 @@ class LayerLoop:
         self.skeleton = Skeleton(model, device)
         self.passes = [(get_pass(use.name), options_of(use, recipe.name)) for use in recipe.uses]
         self.needs_base = any(p.needs_base for p, _ in self.passes)
-        self.notes: list[str] = []
+        self.notes = self._left_out()
+        self.experts: list[ExpertTokens] = []
         self._learned: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: list[torch.Tensor] = []
         self._base_inputs: list[torch.Tensor] | None = None
@@ -69,6 +73,8 @@ class LayerLoop:
             self.notes += layer.notes
             load = partial(self.store.load, key_of(index))
             made |= {name: partial(load, name, held) for name, held in layer.tensors.items()}
+            self.experts += layer.experts
+        self.notes += summarise(self.experts)
         return made
 
     @torch.no_grad()
@@ -177,6 +183,32 @@ class LayerLoop:
             linear: CalibratedLinear = work.linears[name]
             linear.rotation = rotation_of(scheme, values.get(f"{name}.input_rotation"), work.device)
             linear.rounds_input = True
+
+    def expert_record(self) -> dict[str, Any]:
+        """For the manifest: how many tokens the router sent to each expert, by the name of a layer's
+        experts.
+        """
+        return {"expert_tokens": {e.experts: e.tokens for e in self.experts}} if self.experts else {}
+
+    def _left_out(self) -> list[str]:
+        """A note on rounded weights that no layer of transformers' decoder holds, such as those of
+        multi-token prediction. Raises FourfoldError when they were to be rotated.
+        """
+        held = self.skeleton.names.held(self.skeleton.layers_name)
+        layers = self.model.quantization.layers
+        names = [name for name in layers if f"{name}.weight" not in held]
+        for name in names:
+            if layers[name].input_transform is not None:
+                raise FourfoldError(
+                    f"{name} is to be rotated, but transformers builds no layer that holds it, so nothing "
+                    f"can run it. Add a `keep` entry '{name}' to the recipe."
+                )
+        if not names:
+            return []
+        return [
+            f"{len(names)} linear layers are in no decoder layer that transformers builds, and were rounded "
+            f"to nearest without calibration: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}."
+        ]
 
     def _stored_dtypes(self, index: int, module: nn.Module) -> dict[str, torch.dtype]:
         inside, names = self.skeleton.inside(index), self.skeleton.names

@@ -3,8 +3,8 @@
 A checkpoint names its tensors as they were released, and transformers renames many of them when it loads
 (``conversion_mapping.py``: Mixtral's ``block_sparse_moe`` is ``mlp`` in its modules, the decoder of a
 multimodal model lies one level deeper). Its own renamings are applied to every name of the checkpoint, and
-the result is kept as a table. Experts are matched one by one. A tensor that holds all experts of a layer, because
-the recipe keeps it, is cut into them for calibration and put together again.
+the result is kept as a table. Experts are matched one by one. A tensor that holds all experts of a layer,
+because the recipe keeps it, is cut into them for calibration and put together again.
 """
 
 import re
@@ -65,6 +65,10 @@ class Names:
                 "cannot take apart; a recipe without calibration (mxfp4) does not need to."
             )
         return self._table[parameter]
+
+    def held(self, inside: str) -> set[str]:
+        """The checkpoint's names of all parameters below the module ``inside``."""
+        return {source.name for name, source in self._table.items() if name.startswith(f"{inside}.")}
 
     def values(self, parameters: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
         """Each parameter with its tensor, in the order of the checkpoint, reading each stored tensor once."""

@@ -51,7 +51,8 @@ def finish_layers(
     loop = LayerLoop(prepared, recipe, tokens, store, device)
     made = loop.run(layer_progress)
     entries = {name: replace(rounded.entries[name], load=load) for name, load in made.items()}
-    return Finished(rounded.with_entries(entries), loop.notes, tokens.record(), store.remove)
+    record = tokens.record() | loop.expert_record()
+    return Finished(rounded.with_entries(entries), loop.notes, record, store.remove)
 
 
 def settle(

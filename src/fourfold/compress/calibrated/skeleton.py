@@ -89,7 +89,12 @@ class Skeleton:
             setattr(outside, self._leaf, nn.ModuleList(Catcher(layer, seen) for layer in self.layers))
             outside(input_ids=token_ids.to(self.device), use_cache=False)
             inputs.append(seen[0][0])
-            calls.setdefault(len(token_ids), [call for _, call in seen])
+            handed = [call for _, call in seen]
+            if not alike(calls.setdefault(len(token_ids), handed)[0], handed[0]):
+                raise FourfoldError(
+                    f"{type(self.net).__name__} hands its layers something that depends on the tokens "
+                    "besides the hidden states. Use a recipe without calibration (mxfp4)."
+                )
         return inputs, calls
 
     @property
@@ -132,6 +137,19 @@ class Skeleton:
             return leaf in self.net.get_submodule(owner)._buffers
         except AttributeError:
             return False
+
+
+def alike(first: Any, second: Any) -> bool:
+    """Whether all tensors in two calls (or tuples, lists, maps of such) are equal."""
+    if isinstance(first, Call):
+        return alike((first.args, first.kwargs), (second.args, second.kwargs))
+    if isinstance(first, torch.Tensor):
+        return first is second or torch.equal(first, second)
+    if isinstance(first, dict):
+        return all(alike(value, second[key]) for key, value in first.items())
+    if isinstance(first, (tuple, list)):
+        return all(alike(a, b) for a, b in zip(first, second, strict=True))
+    return True
 
 
 class Catcher(nn.Module):

@@ -58,7 +58,8 @@ def round_layer(work: LayerWork, options: Options) -> None:
         shared = shared_inputs(work, names)
         statistics = collect(work, list(shared), options)
         for first, together in shared.items():
-            round_together(work, together, statistics[first], options)
+            if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
+                round_together(work, together, statistics[first], options)
 
 
 def staged(work: LayerWork) -> list[list[str]]:
@@ -74,14 +75,16 @@ def staged(work: LayerWork) -> list[list[str]]:
 
 
 def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
-    """``names`` put together where their inputs are equal, under the first of each."""
+    """``names`` of one module put together where their inputs are equal, under the first of each. Two experts
+    may get the same tokens of the first batch, and others later.
+    """
     seen: dict[str, torch.Tensor] = {}
     shared: dict[str, list[str]] = {}
 
     def see(name: str, x: torch.Tensor) -> None:
         scheme = work.schemes[name]
         for first, other in seen.items():
-            if scheme == work.schemes[first] and x.shape == other.shape and torch.equal(x, other):
+            if scheme == work.schemes[first] and _beside(name, first) and torch.equal(x, other):
                 shared[first].append(name)
                 return
         seen[name], shared[name] = x, [name]
@@ -91,6 +94,10 @@ def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
         if not any(name in together for together in shared.values()):
             shared[name] = [name]
     return shared
+
+
+def _beside(first: str, second: str) -> bool:
+    return first.rpartition(".")[0] == second.rpartition(".")[0]
 
 
 def collect(work: LayerWork, names: list[str], options: Options) -> dict[str, Statistics]:
