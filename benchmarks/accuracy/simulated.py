@@ -1,33 +1,27 @@
-"""Any checkpoint as a model to evaluate, computed by transformers' modules on a CPU or a GPU.
+"""Any checkpoint as a model to judge, computed by transformers' modules on a CPU or a GPU.
 
 Weights are expanded from their blocks; inputs are rotated and rounded as the checkpoint asks. So checkpoints of
-Fourfold, llm-compressor and Quark are judged by one and the same arithmetic.
+Fourfold, llm-compressor and Quark are judged by one and the same arithmetic, in float32.
 """
 
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress.calibrated.rotation import rotation_of
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import Entry, Model, plain
+from fourfold.evaluate.scores import WindowScore
 from fourfold.formats import get_format
 
 
 class SimulatedModel:
-    """Satisfies ``fourfold.core.protocols.LanguageModel``. ``activation`` overrides what the checkpoint says."""
+    """The model in ``folder``. ``activation`` takes the place of what the checkpoint says of inputs."""
 
     def __init__(self, folder: str | Path, device: str, activation: str | None = None):
-        from tokenizers import Tokenizer
-
         checkpoint = open_checkpoint(folder)
-        assert checkpoint.folder is not None
-        self.card = checkpoint.card()
-        self.max_positions = int(checkpoint.config["max_position_embeddings"])
-        self._tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
         infos = {name: checkpoint.info(name) for name in checkpoint.names()}
         entries = {n: Entry(info, partial(checkpoint.load, n), info) for n, info in infos.items()}
         model = Model(checkpoint.config, entries, checkpoint.quantization)
@@ -38,18 +32,14 @@ class SimulatedModel:
         self._head = self._parameter(model, head)
         self._eps = checkpoint.config["rms_norm_eps"]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
     @torch.no_grad()
-    def logits(self, token_ids: list[int]) -> np.ndarray:
-        """Float32 logits [T, V]."""
-        (hidden,), calls = self._skeleton.enter([torch.tensor([token_ids])])
-        for layer, call in zip(self._layers, calls[1], strict=True):
+    def log_probabilities(self, windows: torch.Tensor) -> torch.Tensor:
+        """Float32 [B, T - 1, V] of token ids [B, T]: of each token but the first."""
+        (hidden,), calls = self._skeleton.enter([windows])
+        for layer, call in zip(self._layers, calls[len(windows)], strict=True):
             hidden = layer(hidden, *call.args, **call.kwargs)
-        hidden = torch.nn.functional.rms_norm(hidden[0], self._norm.shape, self._norm, self._eps)
-        return (hidden @ self._head.T).cpu().numpy()
+        hidden = torch.nn.functional.rms_norm(hidden[:, :-1], self._norm.shape, self._norm, self._eps)
+        return torch.log_softmax(hidden @ self._head.T, -1)
 
     def _layer(self, index: int, model: Model, activation: str | None) -> torch.nn.Module:
         layer = self._skeleton.materialise(index)
@@ -57,13 +47,33 @@ class SimulatedModel:
             scheme = model.quantization.layer(name)
             if scheme is None:
                 continue
-            rounding = activation or scheme.activation
             rotation = f"{name}.input_rotation"
             trained = plain(model[rotation]) if rotation in model else None
             linear.rotation = rotation_of(scheme, trained, self._skeleton.device)
+            rounding = activation or scheme.activation
             linear.activation = get_format(rounding) if rounding else None
             linear.rounds_input = True
         return layer
 
     def _parameter(self, model: Model, name: str) -> torch.Tensor:
         return plain(model[name], torch.float32).to(self._skeleton.device)
+
+
+def score(model: SimulatedModel, base: SimulatedModel, windows: torch.Tensor) -> list[WindowScore]:
+    """What each window [T] of ``windows`` [n, T] says of ``model`` beside ``base``."""
+    scores = []
+    for window in windows:
+        found = model.log_probabilities(window[None])[0]
+        wanted = base.log_probabilities(window[None])[0]
+        targets = window[1:, None].to(found.device)
+        divergence = (wanted.exp() * (wanted - found)).sum(-1).double().sum()
+        scores.append(
+            WindowScore(
+                tokens=len(targets),
+                loss=-float(found.gather(1, targets).double().sum()),
+                loss_base=-float(wanted.gather(1, targets).double().sum()),
+                divergence=float(divergence),
+                agreed=int((found.argmax(-1) == wanted.argmax(-1)).sum()),
+            )
+        )
+    return scores
