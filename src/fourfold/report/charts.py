@@ -12,6 +12,7 @@ import numpy as np
 from fourfold.bench import metrics_in_order
 from fourfold.core.records import Estimate
 from fourfold.report.compare import columns
+from fourfold.report.layers import layer_views
 from fourfold.report.quality import METRICS, OVERALL, QualityTable
 from fourfold.report.study import Point, Study, Subject
 
@@ -40,6 +41,7 @@ def chart_data(study: Study, quality: QualityTable | None) -> dict[str, Any]:
         "load": load_points(study, profiles),
         "curves": curves(study, profiles),
         "quality": quality_data(study, quality),
+        "layers": layer_views(study),
     }
 
 

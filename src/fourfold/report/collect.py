@@ -8,10 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.records import EvaluationRecord, RunRecord
+from fourfold.core.records import EvaluationRecord, RunRecord, ScoresRecord
 
-KINDS: dict[str, type[EvaluationRecord] | type[RunRecord]] = {
+KINDS: dict[str, type[EvaluationRecord] | type[RunRecord] | type[ScoresRecord]] = {
     "fourfold.evaluation/1": EvaluationRecord,
+    "fourfold.scores/1": ScoresRecord,
     "fourfold.run/1": RunRecord,
 }
 
@@ -23,6 +24,7 @@ class Collection:
 
     evaluations: list[tuple[str, EvaluationRecord]] = field(default_factory=list)
     runs: list[tuple[str, RunRecord]] = field(default_factory=list)
+    scores: list[tuple[str, ScoresRecord]] = field(default_factory=list)
     other_files: int = 0
 
 
@@ -40,7 +42,7 @@ def collect(folders: Sequence[Path]) -> Collection:
             if path.resolve() not in seen:
                 seen.add(path.resolve())
                 add(collection, path, f"{folder.resolve().name}/{path.relative_to(folder)}")
-    if not collection.evaluations and not collection.runs:
+    if not collection.evaluations and not collection.runs and not collection.scores:
         raise UsageError(
             f"No records in {', '.join(map(str, folders))}. `fourfold evaluate --json` and "
             f"`fourfold bench --out` "
@@ -48,6 +50,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         )
     collection.evaluations.sort(key=lambda found: found[1].created)
     collection.runs.sort(key=lambda found: found[1].created)
+    collection.scores.sort(key=lambda found: found[1].created)
     return collection
 
 
@@ -58,11 +61,13 @@ def add(collection: Collection, path: Path, name: str) -> None:
         collection.evaluations.append((name, record))
     elif isinstance(record, RunRecord):
         collection.runs.append((name, record))
+    elif isinstance(record, ScoresRecord):
+        collection.scores.append((name, record))
     else:
         collection.other_files += 1
 
 
-def read(path: Path) -> EvaluationRecord | RunRecord | None:
+def read(path: Path) -> EvaluationRecord | RunRecord | ScoresRecord | None:
     """The record in ``path``, or None when the file does not claim to be one."""
     data = path.read_bytes()
     if b"fourfold." not in data:

@@ -2,7 +2,15 @@
 
 import shlex
 
-from fourfold.core.records import EvaluationRecord, RunRecord
+from fourfold.core.records import EvaluationRecord, RunRecord, ScoresRecord
+
+REPEATED = {
+    "questions": "--questions",
+    "samples": "--samples",
+    "temperature": "--temperature",
+    "max_tokens": "--max-tokens",
+    "seed": "--seed",
+}
 
 
 def evaluate_command(record: EvaluationRecord) -> str:
@@ -11,10 +19,20 @@ def evaluate_command(record: EvaluationRecord) -> str:
     A record does not tell the files of texts, so ``--text`` is not in it.
     """
     words = ["fourfold", "evaluate", record.model.name]
+    words += ["--task", record.task] if record.task != "heldout" else []
     words += ["--against", record.base.name] if record.base else []
     words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
+    words += ["--layers"] if record.layers else []
     words += ["--window-tokens", str(record.window_tokens)]
     return shlex.join([*words, "--max-tokens-per-text", str(record.max_tokens_per_text or 0)])
+
+
+def scores_command(record: ScoresRecord) -> str:
+    """``fourfold evaluate`` for a task that asks a served model."""
+    words = ["fourfold", "evaluate", record.target, "--task", record.task]
+    words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
+    given = {name: v for name, v in record.settings.items() if name in REPEATED and v is not None}
+    return shlex.join([*words, *(w for name, v in given.items() for w in (REPEATED[name], str(v)))])
 
 
 def bench_command(record: RunRecord) -> str:

@@ -22,6 +22,7 @@ from fourfold.report.cautions import cautions, model_notes
 from fourfold.report.charts import chart_data, embed, profile_title, profiles_of
 from fourfold.report.collect import Collection, collect
 from fourfold.report.compare import EQUAL_WITHIN, column, columns, interval_verdict, match, score, scores
+from fourfold.report.layers import by_position, layer_errors
 from fourfold.report.quality import METRICS, compared_evaluation, quality_table
 from fourfold.report.study import Study, build, formats
 
@@ -74,13 +75,17 @@ def render(study: Study, collection: Collection) -> str:
 def context(study: Study, collection: Collection) -> dict[str, Any]:
     """What the templates may use."""
     quality = quality_table(study)
-    created = [record.created for _, record in [*collection.evaluations, *collection.runs]]
+    created = [
+        record.created for _, record in [*collection.evaluations, *collection.runs, *collection.scores]
+    ]
     return {
         "study": study,
         "base": study.base,
         "quality": quality,
         "quality_metrics": METRICS,
         "at_least": {m.key for m in METRICS if m.better == "higher"},
+        "by_position": by_position(study),
+        "layer_errors": layer_errors(study),
         "profiles": profiles_of(study),
         "profile_title": profile_title,
         "table_columns": [column(key) for key in TABLE_COLUMNS],

@@ -54,6 +54,22 @@ METRICS = (
         "higher",
         "Share of positions at which model and base hold the same token most likely.",
     ),
+    QualityMetric(
+        "tail_loss",
+        "Loss on rare tokens",
+        "nats/token",
+        "lower",
+        "Mean negative log-likelihood of the tokens that are rarest in the texts, until they are a "
+        "tenth of the scored. Comparable between models only with the same tokenizer and texts.",
+    ),
+    QualityMetric(
+        "tail_loss_increase",
+        "Loss on rare tokens, against the base",
+        "nats/token",
+        "lower",
+        "Loss on rare tokens less that of the base on the same ones; the interval is of the paired "
+        "difference.",
+    ),
 )
 
 
@@ -94,7 +110,7 @@ def quality_table(study: Study) -> QualityTable | None:
     rows = [
         QualityRow(subject, file, record, text, quality)
         for subject in study.subjects
-        for file, record in subject.evaluations
+        for file, record in subject.quality
         for text, quality in [(OVERALL, record.overall), *record.texts.items()]
     ]
     texts = list(dict.fromkeys(row.text for row in rows))
@@ -102,18 +118,17 @@ def quality_table(study: Study) -> QualityTable | None:
 
 
 def estimate(subject: Subject, study: Study, key: str, text: str) -> Estimate | None:
-    """A metric of ``subject`` on ``text``; the base's perplexity is also known from evaluations against
+    """A metric of ``subject`` on ``text``; the base's own losses are also known from evaluations against
     it."""
     own = on_text(subject.evaluation, text)
     if own is not None:
         return getattr(own, key)
-    if key != "perplexity":
+    known_of_base = {"perplexity": "perplexity_base", "tail_loss": "tail_loss_base"}
+    if key not in known_of_base:
         return None
-    citing = [
-        e for s in study.subjects for _, e in s.evaluations if e.base and card_key(e.base) == subject.key
-    ]
+    citing = [e for s in study.subjects for _, e in s.quality if e.base and card_key(e.base) == subject.key]
     found = on_text(citing[-1], text) if citing else None
-    return found.perplexity_base if found else None
+    return getattr(found, known_of_base[key]) if found else None
 
 
 def on_text(record: EvaluationRecord | None, text: str) -> TextQuality | None:
@@ -125,5 +140,5 @@ def on_text(record: EvaluationRecord | None, text: str) -> TextQuality | None:
 
 def compared_evaluation(subject: Subject, base: Subject) -> EvaluationRecord | None:
     """The newest evaluation of ``subject`` against ``base``, else its newest of all."""
-    against = [e for _, e in subject.evaluations if e.base and card_key(e.base) == base.key]
+    against = [e for _, e in subject.quality if e.base and card_key(e.base) == base.key]
     return against[-1] if against else subject.evaluation

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
 
-from fourfold.core.records import EvaluationRecord, Machine, ModelCard, RunRecord
+from fourfold.core.records import EvaluationRecord, Machine, ModelCard, RunRecord, ScoresRecord
 from fourfold.report.collect import Collection
 
 Key = tuple[object, ...]
@@ -36,11 +36,17 @@ class Subject:
     label: str = ""
     evaluations: list[tuple[str, EvaluationRecord]] = field(default_factory=list)
     runs: list[tuple[str, RunRecord]] = field(default_factory=list)
+    scores: list[tuple[str, ScoresRecord]] = field(default_factory=list)
+
+    @property
+    def quality(self) -> list[tuple[str, EvaluationRecord]]:
+        """The evaluations on held-out text; those by position are another thing."""
+        return [(file, record) for file, record in self.evaluations if not record.positions]
 
     @property
     def evaluation(self) -> EvaluationRecord | None:
-        """The newest evaluation."""
-        return self.evaluations[-1][1] if self.evaluations else None
+        """The newest evaluation on held-out text."""
+        return self.quality[-1][1] if self.quality else None
 
     def runs_at(self, point: Point, excluded: bool = False) -> list[RunRecord]:
         """The runs at one load that count, or those that do not."""
@@ -76,7 +82,7 @@ class Study:
         """Every machine that occurs, in order of appearance."""
         found: list[Machine] = []
         for subject in self.subjects:
-            for _, record in [*subject.evaluations, *subject.runs]:
+            for _, record in [*subject.evaluations, *subject.runs, *subject.scores]:
                 if record.machine not in found:
                     found.append(record.machine)
         return found
@@ -103,6 +109,9 @@ def build(collection: Collection) -> Study:
             subject(evaluation.base, evaluation.base.name)
     for file, run in collection.runs:
         subject(run.model, run.model.name if run.model else run.model_name).runs.append((file, run))
+    for file, scores in collection.scores:
+        name = scores.model.name if scores.model else scores.model_name
+        subject(scores.model, name).scores.append((file, scores))
     base = find_base(list(subjects.values()), collection)
     ordered = sorted(subjects.values(), key=lambda s: (s is not base, s.name, str(s.key)))
     label(ordered)

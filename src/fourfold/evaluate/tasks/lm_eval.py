@@ -7,7 +7,8 @@ choice begins.
 
 ``--include`` adds a folder of further task files (YAML), with data of your own if you like.
 
-Interval: the library's standard error times 1.96, kept within 0..1 for shares.
+Interval: from the library's standard error, times 1.96; for shares (accuracy, exact match) Clopper-Pearson on
+the number of questions that this error is worth, as for agreement in the task heldout.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.machine import installed_version
 from fourfold.core.records import Estimate, Score
 from fourfold.evaluate.endpoint import Endpoint
+from fourfold.evaluate.intervals import Mean, share
 from fourfold.evaluate.served import ServedOptions
 from fourfold.evaluate.task import Answered, Progress, ServedTask
 
@@ -30,7 +32,7 @@ DEFAULT_CONTEXT = 2048  # lm-eval's own, for servers that do not tell theirs
 
 METHOD = (
     "lm-evaluation-harness through its local-completions model; prompts, shots and scoring are the "
-    "library's. 95 % interval: its standard error times 1.96."
+    "library's. 95 % interval from its standard error: times 1.96, for shares by Korn and Graubard."
 )
 
 
@@ -127,17 +129,16 @@ def read_results(results: dict[str, Any]) -> tuple[list[Score], list[str]]:
                 continue
             questions = int(results.get("n-samples", {}).get(task, {}).get("effective", 0))
             higher = bool(better.get(task, {}).get(metric, True))
-            estimate = interval(metric, float(value), float(error))
+            estimate = interval(metric, float(value), float(error), questions)
             scores.append(Score(name=name, value=estimate, higher_is_better=higher, questions=questions))
     return scores, notes
 
 
-def interval(metric: str, value: float, error: float) -> Estimate:
-    """The plain interval; a share's ends at 0 and 1."""
-    low, high = value - NORMAL_95 * error, value + NORMAL_95 * error
-    if metric.startswith(SHARES) and 0 <= value <= 1:
-        low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(value=value, low=low, high=high)
+def interval(metric: str, value: float, error: float, questions: int) -> Estimate:
+    """The plain interval; for shares the one that stays in 0..1 and is not certain when all answers agree."""
+    if metric.startswith(SHARES) and 0 <= value <= 1 and questions > 1:
+        return share(Mean(value, error, questions - 1, questions))
+    return Estimate(value=value, low=value - NORMAL_95 * error, high=value + NORMAL_95 * error)
 
 
 @contextlib.contextmanager

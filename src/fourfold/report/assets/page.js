@@ -303,6 +303,33 @@
       (series.some((s) => s.name === "equal to the base") ? " The dotted line is the base itself." : "");
   }
 
+  // ---- errors by layer
+  function drawLayers(chart) {
+    const view = data.layers.find((v) => v.key === byId("layers-view").value);
+    const bars = view.key === "kl_divergence";
+    const count = 1 + Math.max(...view.series.flatMap((s) => s.points.map((p) => p[0])));
+    const series = view.series.map((line) => {
+      const look = style(line.style);
+      const points = line.points.map(([layer, value]) => [String(layer), value]);
+      const common = { name: line.name, itemStyle: { color: look.color }, data: points };
+      if (bars) return Object.assign(common, { type: "bar", barMaxWidth: 22 });
+      if (view.key === "sqnr_db") return Object.assign(common, { type: "scatter", symbol: look.symbol, symbolSize: 8 });
+      return Object.assign(common, {
+        type: "line", symbol: look.symbol, symbolSize: 7, lineStyle: { color: look.color, width: 2.5, type: look.dash },
+      });
+    });
+    const layers = Array.from({ length: count }, (_, i) => String(i));
+    const x = axis("decoder layer", { type: "category", data: layers, nameGap: 32 });
+    const y = axis(view.unit, { type: "value", nameGap: 54, scale: view.key === "sqnr_db" });
+    show(
+      chart,
+      options(chart, series, x, y, (item) =>
+        tip(item.seriesName, ["layer " + item.value[0], view.title + ": " + digits(item.value[1], 4) + " " + view.unit]),
+      ),
+    );
+    byId("layers-caption").textContent = view.definition;
+  }
+
   if (byId("load-box")) {
     const metrics = [...new Map(data.columns.map((c) => [c.metric, c.title])).entries()];
     fill(byId("load-profile"), data.profiles.map((title, i) => [i, title]));
@@ -323,6 +350,10 @@
     fill(byId("quality-metric"), data.quality.metrics.map((m) => [m.key, m.title]));
     byId("quality-chart").style.height = Math.max(260, 120 + 64 * data.quality.texts.length) + "px";
     start("quality-chart", drawQuality, ["quality-metric"]);
+  }
+  if (byId("layers-box")) {
+    fill(byId("layers-view"), data.layers.map((v) => [v.key, v.title]));
+    start("layers-chart", drawLayers, ["layers-view"]);
   }
   dark.addEventListener("change", () => redraws.forEach((redraw) => redraw()));
 })();
