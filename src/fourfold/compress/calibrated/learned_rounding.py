@@ -22,6 +22,7 @@ from fourfold.formats import BlockTensor, get_format
 
 LN2 = 0.6931471805599453
 HALF = 0.5
+MARGIN = 0.25  # how far beyond a threshold V starts, lest the first steps undo what it starts at
 NEAREST = 0.45  # how far t may start from the middle of its exponent, so that no rounding error changes it
 
 
@@ -54,12 +55,12 @@ class LearnedRounding:
     @torch.no_grad()
     def start_at(self, rounded: torch.Tensor) -> None:
         """Set V so that the weight is rounded to ``rounded`` [out, in] (values under the present scales), as
-        far as the reach goes: to zero where it is anyway, else to just past the threshold.
+        far as the reach goes: to zero where it is anyway, else to a quarter step past the threshold.
         """
         scale, y, step, nearest = self._rounded()
         wanted = rounded.view_as(self.runs) / scale
         away = (wanted - y) / step
-        past = away - away.sign() * (HALF - 1e-3)
+        past = away - away.sign() * (HALF - MARGIN)
         reached = self.form.element.round(past * step + y) == wanted
         self.offset = torch.where(nearest == wanted, 0, torch.where(reached, past, away))
         self.confine()

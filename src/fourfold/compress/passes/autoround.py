@@ -32,9 +32,10 @@ CHECK_BATCHES = 8
 
 
 class Options(Record):
-    """``lr`` is the first step's size in rounding steps (default 1 / steps); ``scale_lr`` that of the scales'
-    base-2 logarithm, by default the same; 0 leaves the scales as they start. ``reach`` bounds the offset:
-    half a step from ``rtn``, where it only chooses up or down, and 4 from ``gptq``, by default.
+    """``lr`` is the first step's size in rounding steps (default 1 / steps, half of it from ``gptq``);
+    ``scale_lr`` that of the scales' base-2 logarithm, by default the same; 0 leaves the scales as
+    they start. ``reach`` bounds the offset: half a step from ``rtn``, where it only chooses up or
+    down, and 4 from ``gptq``, by default.
     """
 
     steps: int = Field(200, ge=1)
@@ -105,7 +106,7 @@ def learn(
     work: LayerWork, learned: dict[str, LearnedRounding], targets: list[torch.Tensor], options: Options
 ) -> tuple[dict[str, BlockTensor], float, float]:
     """The best blocks that were seen, with the losses of the start and of the best."""
-    lr = options.lr or 1 / options.steps
+    lr = options.lr or (1.0 if options.start == "rtn" else 0.5) / options.steps
     scale_lr = lr if options.scale_lr is None else options.scale_lr
     order = batch_order(len(work.inputs), options.steps, options.seed + work.index)
     best, first, least = {}, float("nan"), float("inf")

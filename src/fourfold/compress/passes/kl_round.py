@@ -5,7 +5,8 @@ Kullback-Leibler divergence of the quantized model's next-token distribution fro
 gradients straight through every rounding (distillation as in LLM-QAT, Liu et al., arXiv:2305.17888, with
 AutoRound's bounded parameters, arXiv:2309.05516). Layers can make up for each other, which no method that
 goes layer by layer lets them. ``norms`` also learns the norm weights of the decoder layers, which are kept
-in their own dtype. Activation formats are simulated.
+in their own dtype. Activation formats are simulated. ``start: gptq`` rounds layer by layer first and learns
+from there, ``autoround`` does so from GPTQ and AutoRound.
 
 Few tokens tell little about many weights: the last ``holdout`` share of the sequences is never learned
 from, and of the start and ``checks`` later points the one with the smallest divergence there is kept;
@@ -18,6 +19,8 @@ parameter and the activations of ``micro`` sequences. For what does not fit ther
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -25,13 +28,16 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from fourfold.compress.calibrated.learned_rounding import LearnedRounding
+from fourfold.compress.calibrated.loop import LayerLoop
 from fourfold.compress.calibrated.scale_search import MeanSquares, search_scales
 from fourfold.compress.calibrated.skeleton import Skeleton
+from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
-from fourfold.compress.passes.rtn import round_to_nearest
+from fourfold.compress.passes.rtn import check_finite
 from fourfold.compress.pipeline import Pass
+from fourfold.compress.recipe import Recipe
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor, get_format
@@ -61,8 +67,9 @@ class Options(Record):
     norms: bool = False
     norm_lr: float = Field(1e-3, gt=0)
     decay: float = Field(0.0, ge=0)
-    reach: float = Field(0.5, gt=0, le=4)
+    reach: float | None = Field(None, gt=0, le=4)
     scales: Literal["search", "rule"] = "search"
+    start: Literal["rtn", "gptq", "autoround"] = "rtn"
     holdout: float = Field(0.1, gt=0, lt=1)
     checks: int = Field(10, ge=1)
     seed: int = 0
@@ -108,7 +115,8 @@ class Student:
 
 def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
     """Per weight its final ``.blocks``, ``.scales`` and a ``.total`` that tells which weight they are for."""
-    train, held = split(calibration, options)
+    train_ids, held = split(calibration, options)
+    train = CalibrationSet(train_ids, calibration.source, calibration.seed)
     base, model = WholeModel(skeleton), WholeModel(skeleton)
     model.rotate()
     totals = {name + TOTAL: total(model.linears[name].weight) for name in model.schemes}
@@ -127,9 +135,9 @@ def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> 
                 least, best = loss, student.snapshot()
         if step < options.steps:
             if len(left) < options.sequences:
-                left += torch.randperm(len(train), generator=order).tolist()
+                left += torch.randperm(len(train_ids), generator=order).tolist()
             chosen, left = left[: options.sequences], left[options.sequences :]
-            descend(base, model, train[chosen], options.micro)
+            descend(base, model, train_ids[chosen], options.micro)
             student.step(1 - step / options.steps)
     return best | totals | {REPORT: torch.tensor([first, least])}
 
@@ -146,25 +154,57 @@ def split(calibration: CalibrationSet, options: Options) -> tuple[torch.Tensor, 
     return calibration.token_ids[:-held], calibration.token_ids[-held:]
 
 
-def start(skeleton: Skeleton, model: WholeModel, train: torch.Tensor, options: Options) -> Student:
+def start(skeleton: Skeleton, model: WholeModel, train: CalibrationSet, options: Options) -> Student:
     """The quantized model before its first step, rounding its inputs from now on."""
-    nearest = {
-        name: round_to_nearest(f"{name}.weight", model.linears[name].weight.detach(), scheme)
-        for name, scheme in model.schemes.items()
-    }
+    for name in model.schemes:
+        check_finite(f"{name}.weight", model.linears[name].weight.detach())
+    if options.start == "rtn":
+        roundings = start_nearest(model, train, options)
+    else:
+        roundings = start_layer_by_layer(skeleton, model, train, options)
     model.round_inputs()
-    importance = MeanSquares({name: model.linears[name] for name in model.schemes})
-    if options.scales == "search":
-        model.observe(importance.see, train[:SEARCH_SEQUENCES].split(options.micro))
-    roundings = {}
-    for name, scheme in model.schemes.items():
-        linear, scales = model.linears[name], nearest[name].scales
-        if options.scales == "search":
-            scales = search_scales(linear.weight.detach(), get_format(scheme.weight), importance[name])
-        roundings[name] = LearnedRounding(linear, scheme, scales, options.reach)
-        linear.weight.requires_grad_(True)
+    for rounding in roundings.values():
+        rounding.linear.weight.requires_grad_(True)
     norms = norms_of(skeleton, model) if options.norms else {}
     return Student(model, roundings, norms, optimizer_for(roundings, norms, options))
+
+
+def start_nearest(model: WholeModel, train: CalibrationSet, options: Options) -> dict[str, LearnedRounding]:
+    """Roundings to the nearest values, under scales by the scheme's rule or searched ones."""
+    importance = MeanSquares({name: model.linears[name] for name in model.schemes})
+    model.round_inputs()
+    if options.scales == "search":
+        model.observe(importance.see, train.token_ids[:SEARCH_SEQUENCES].split(options.micro))
+    roundings = {}
+    for name, scheme in model.schemes.items():
+        linear, form = model.linears[name], get_format(scheme.weight)
+        weight = linear.weight.detach()
+        if options.scales == "search":
+            scales = search_scales(weight, form, importance[name])
+        else:
+            scales = form.scales(weight, scheme.scale_rule)
+        roundings[name] = LearnedRounding(linear, scheme, scales, options.reach or 0.5)
+    return roundings
+
+
+def start_layer_by_layer(
+    skeleton: Skeleton, model: WholeModel, train: CalibrationSet, options: Options
+) -> dict[str, LearnedRounding]:
+    """Roundings at what GPTQ, or AutoRound from there, makes of each layer."""
+    chosen = "gptq" if options.start == "gptq" else {"autoround": {"start": "gptq", "seed": options.seed}}
+    turned = any(scheme.input_transform for scheme in model.schemes.values())
+    passes = [*(["block-rotation"] if turned else []), chosen]
+    recipe = Recipe.model_validate({"name": PASS.name, "passes": passes})
+    roundings = {}
+    with TemporaryDirectory() as folder:
+        made = LayerLoop(skeleton.model, recipe, train, LayerStore(Path(folder)), skeleton.device).run()
+        for name, scheme in model.schemes.items():
+            blocks = made[f"{name}.weight"]()
+            assert isinstance(blocks, BlockTensor)
+            scales, values = blocks.scales.to(model.device), blocks.dequantize().to(model.device)
+            roundings[name] = LearnedRounding(model.linears[name], scheme, scales, options.reach or 4.0)
+            roundings[name].start_at(values)
+    return roundings
 
 
 def norms_of(skeleton: Skeleton, model: WholeModel) -> dict[str, torch.Tensor]:
