@@ -1,0 +1,1 @@
+"""Mixed precision within a budget: which layers get which format, chosen by measurement."""

@@ -1,0 +1,95 @@
+"""Which format for which group: an integer programme, and the frontier of its solutions.
+
+Minimise the summed cost over groups subject to the summed size, with one format a group; or the size subject to
+the cost (scipy's milp, HiGHS). A group is what serving kernels fuse, so that its members share a format.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from fourfold.core.errors import FourfoldError, UsageError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that share a format: for each candidate its size in bytes and its predicted KL."""
+
+    modules: tuple[str, ...]
+    numel: int
+    nbytes: dict[str, int]
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One solution: the format of each group (in the order given), the bytes and the predicted KL of all."""
+
+    formats: tuple[str, ...]
+    nbytes: int
+    cost: float
+
+
+def within_bytes(groups: list[Group], nbytes: float) -> Choice:
+    """The least predicted KL in ``nbytes``. Raises UsageError when even the smallest formats need more."""
+    smallest = sum(min(g.nbytes.values()) for g in groups)
+    if nbytes < smallest:
+        raise UsageError(
+            f"The budget leaves {nbytes:.0f} bytes for the weights that are rounded, and they need at least "
+            f"{smallest} ({8 * smallest / numel(groups):.3f} bits a weight). Raise the budget."
+        )
+    return _solve(groups, least=_costs(groups), most=_sizes(groups), limit=nbytes)
+
+
+def within_cost(groups: list[Group], cost: float) -> Choice:
+    """The fewest bytes at a predicted KL of at most ``cost``. Raises UsageError when no format is that good."""
+    best = sum(min(g.cost.values()) for g in groups)
+    if cost < best:
+        raise UsageError(f"No choice of formats has a predicted KL of {cost:g}; the least is {best:g}.")
+    return _solve(groups, least=_sizes(groups), most=_costs(groups), limit=cost)
+
+
+def frontier(groups: list[Group], points: int = 17) -> list[Choice]:
+    """Solutions from the smallest size to the largest, each with a predicted KL no worse than the last."""
+    low = sum(min(g.nbytes.values()) for g in groups)
+    high = sum(max(g.nbytes.values()) for g in groups)
+    return [within_bytes(groups, float(size)) for size in np.linspace(low, high, points)]
+
+
+def numel(groups: list[Group]) -> int:
+    """Weights in all groups."""
+    return sum(g.numel for g in groups)
+
+
+def _sizes(groups: list[Group]) -> np.ndarray:
+    return np.array([float(v) for g in groups for v in g.nbytes.values()])
+
+
+def _costs(groups: list[Group]) -> np.ndarray:
+    return np.array([g.cost[f] for g in groups for f in g.nbytes])
+
+
+def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: float) -> Choice:
+    owner = np.repeat(np.arange(len(groups)), [len(g.nbytes) for g in groups])
+    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    # HiGHS compares with absolute tolerances, so both sides are brought to the size of one
+    unit, scale = max(least.max(), 1e-300), max(limit, 1e-300)
+    solution = milp(
+        least / unit,
+        integrality=np.ones(len(owner)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(most[None] / scale, ub=limit / scale)],
+        options={"mip_rel_gap": 1e-6, "time_limit": 60},
+    )
+    if solution.x is None:
+        raise FourfoldError(f"No mixture of formats was found within the budget ({solution.message}).")
+    taken = np.flatnonzero(solution.x > 0.5)
+    names = [form for g in groups for form in g.nbytes]
+    formats = tuple(names[i] for i in taken)
+    return Choice(
+        formats,
+        sum(g.nbytes[f] for g, f in zip(groups, formats, strict=True)),
+        sum(g.cost[f] for g, f in zip(groups, formats, strict=True)),
+    )
