@@ -213,8 +213,7 @@ class BlockFormat(ABC):
         whole = self._whole(runs)
         result = torch.empty_like(runs)
         for part in parts(runs):
-            codes, own = self._encode(runs[part].float(), rule, whole)
-            result[part] = self._decode(codes, own, whole)
+            result[part] = self._round(runs[part].float(), rule, whole)
         return result.view(x.shape)
 
     def signal_and_noise(self, x: torch.Tensor, rule: ScaleRule | str | None = None) -> tuple[float, float]:
@@ -243,6 +242,12 @@ class BlockFormat(ABC):
     def _decode(
         self, codes: torch.Tensor, scales: torch.Tensor | None, whole: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def _round(
+        self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Float32 runs encoded and decoded."""
+        return self._decode(*self._encode(values, rule, whole), whole)
 
     def _quantize_runs(
         self, runs: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None

@@ -49,6 +49,16 @@ class MXFormat(BlockFormat):
             byte, codes = self._keep_better(values, byte, codes)
         return codes.masked_fill_((byte == NAN_BYTE)[:, None], 0), byte
 
+    def _round(
+        self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> torch.Tensor:
+        if rule is ScaleRule.MSE or self.element.is_integer:
+            return super()._round(values, rule, whole)
+        # the same values without making codes, two to four times as fast
+        byte = shared_exponent_byte(values.abs().amax(-1), self.element, rule or ScaleRule.EVEN)
+        on_grid = self.element.round(values * byte_to_inverse(byte)[:, None])
+        return on_grid.mul_(byte_to_scale(byte)[:, None])
+
     def _quantize_runs(
         self, runs: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
