@@ -9,7 +9,7 @@ from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import first_match
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import InputTransform
+from fourfold.core.quantization import InputTransform, Quantization
 from fourfold.formats import ROTATION_SIZE, turn
 
 IN_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
@@ -37,6 +37,18 @@ def rotated_model(model: Model, modules: list[str], transform: InputTransform, w
     return Model(model.config, model.entries, quantization)
 
 
+def check_reached(quantization: Quantization, prefixes: list[str]) -> None:
+    """Raise UsageError for a rotated module outside the decoder layers ``prefixes``: nobody would turn it."""
+    inside = tuple(f"{prefix}." for prefix in prefixes)
+    for name, scheme in quantization.layers.items():
+        if scheme.input_transform is not None and not name.startswith(inside):
+            raise UsageError(
+                f"{name} is to be rotated, but lies outside the decoder layers that transformers builds "
+                f"({prefixes[0]} to {prefixes[-1]}), so that nothing would turn its weight. Add a `keep` "
+                f"entry '{name}' to the recipe, or choose the pass's `modules`."
+            )
+
+
 def can_turn(model: Model, module: str) -> bool:
     """Whether ``module`` is part of a decoder layer and its inputs come in whole blocks of 32."""
     inputs = model.entries[f"{module}.weight"].info.shape[-1]
@@ -55,5 +67,6 @@ def note_online(work: LayerWork) -> None:
     if work.index == 0:
         work.notes.append(
             f"Inputs of linear layers are rotated in runs of {ROTATION_SIZE} while the model runs. Readers "
-            "that do not apply transform_config (compressed-tensors) or online rotations (Quark) answer nonsense."
+            "that do not apply transform_config (compressed-tensors) or online rotations (Quark) answer "
+            "nonsense."
         )

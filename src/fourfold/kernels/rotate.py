@@ -1,8 +1,8 @@
 """``rotate``: what a layer's input goes through when its checkpoint turns inputs inside their blocks.
 
-The product is float32 whatever the dtype of ``x`` and is rounded once, as compressed-tensors does it; a
-bfloat16 Hadamard matrix would make every input smaller by 1e-4. One matrix product for each distinct input;
-layers that share an input and a matrix are one layer by then.
+The product is float32 whatever the dtype of ``x`` and is rounded once, as compressed-tensors does it. It is
+one small matrix product for each distinct input: layers that share an input and a matrix are one layer by
+then.
 """
 
 import torch
@@ -21,4 +21,4 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         raise FourfoldError(
             f"rotate turns runs of {size} values, but x {list(x.shape)} is no multiple of it."
         )
-    return turn(x.float(), rotation).to(x.dtype)
+    return turn(x, rotation)

@@ -28,7 +28,12 @@ def hadamard(size: int = ROTATION_SIZE) -> torch.Tensor:
 
 
 def turn(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Every run of n values along the last dimension of ``x`` times ``rotation`` [n, n], in ``x``'s dtype."""
+    """Every run of n values along the last dimension of ``x`` times ``rotation`` [n, n], in ``x``'s dtype.
+
+    The product is float32 (or float64, as ``x``): a matrix of bfloat16s would not be orthogonal, and one of
+    Hadamard would make every value smaller by 1e-4.
+    """
     size = rotation.shape[0]
-    with torch.autocast(x.device.type, enabled=False):  # a matrix of bfloat16s would not be orthogonal
-        return (x.unflatten(-1, (-1, size)) @ rotation.to(x.dtype)).flatten(-2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.to(wide).unflatten(-1, (-1, size)) @ rotation.to(wide)).flatten(-2).to(x.dtype)
