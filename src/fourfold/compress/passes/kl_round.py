@@ -54,9 +54,9 @@ BLOCKS, SCALES, WHOLE, TOTAL, NORM, REPORT = (
 
 
 class Options(Record):
-    """``lr`` (default 2 / steps, in rounding steps), ``scale_lr`` (default lr, in powers of two) and
-    ``norm_lr`` (relative) are Adam's first steps; they decay linearly to zero. A step sees ``sequences``
-    sequences, ``micro`` at a time.
+    """``lr`` (in rounding steps; default 0.1 / steps, from ``rtn`` 2 / steps), ``scale_lr`` (default lr, in
+    powers of two) and ``norm_lr`` (relative) are Adam's first steps; they decay linearly to zero. A
+    step sees ``sequences`` sequences, ``micro`` at a time.
     """
 
     steps: int = Field(300, ge=1)
@@ -69,7 +69,7 @@ class Options(Record):
     decay: float = Field(0.0, ge=0)
     reach: float | None = Field(None, gt=0, le=4)
     scales: Literal["search", "rule"] = "search"
-    start: Literal["rtn", "gptq", "autoround"] = "rtn"
+    start: Literal["rtn", "gptq", "autoround"] = "gptq"
     holdout: float = Field(0.1, gt=0, lt=1)
     checks: int = Field(10, ge=1)
     seed: int = 0
@@ -221,7 +221,7 @@ def optimizer_for(
     roundings: dict[str, LearnedRounding], norms: dict[str, torch.Tensor], options: Options
 ) -> torch.optim.Optimizer:
     """Adam over offsets, scales and norms, each with its own step size."""
-    lr = options.lr or 2 / options.steps
+    lr = options.lr or (2.0 if options.start == "rtn" else 0.1) / options.steps
     scale_lr = lr if options.scale_lr is None else options.scale_lr
     groups = [
         {"params": [r.offset for r in roundings.values()], "lr": lr, "weight_decay": options.decay},

@@ -1,0 +1,129 @@
+"""Rounding learned on the whole model's logits, and the whole model it is learned on."""
+
+import pytest
+import torch
+from compress_models import read_all
+from layer_at_work import at_work, build_model, recipe_of, run_passes, tokens
+
+from fourfold.checkpoint import open_checkpoint
+from fourfold.compress import quantize
+from fourfold.compress.calibrated.skeleton import Skeleton
+from fourfold.compress.calibrated.whole import WholeModel
+from fourfold.compress.calibration import CalibrationSet
+from fourfold.compress.passes import kl_round
+from fourfold.compress.pipeline import check_recipe, prepare
+from fourfold.compress.resolve import open_source, resolve
+from fourfold.core.errors import FourfoldError, UsageError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def skeleton_of(model, *passes, **formats) -> Skeleton:
+    recipe = recipe_of(*passes, **formats)
+    prepared = prepare(recipe, resolve(open_source(model), recipe).model)
+    return Skeleton(prepared, torch.device("cpu"))
+
+
+def seen_twice(count: int = 6) -> CalibrationSet:
+    """The sequences that are held out are those that are learned from: it must get better on them."""
+    ids = tokens(count).token_ids
+    return CalibrationSet(torch.cat([ids, ids]), "twice", 0)
+
+
+def learn(model, *before, activation=None, **options) -> dict[str, torch.Tensor]:
+    chosen = kl_round.Options.model_validate(
+        {"steps": 30, "start": "rtn", "holdout": 0.5, "lr": 0.02, **options}
+    )
+    return kl_round.learn(
+        skeleton_of(model, *before, "kl-round", activation=activation), seen_twice(), chosen
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_whole_model_is_that_of_transformers(tmp_path, tied):
+    from transformers import AutoModelForCausalLM
+
+    folder = build_model(tmp_path / "tied", tie_word_embeddings=tied)
+    ids = tokens(2).token_ids
+    whole = WholeModel(skeleton_of(folder, "rtn"))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(whole(ids), expected, rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in whole.layers.parameters())
+
+
+def test_a_rotated_model_computes_the_same(model):
+    whole = WholeModel(skeleton_of(model, "block-rotation", "kl-round"))
+    ids = tokens(2).token_ids
+    before, weight = whole(ids), whole.linears["model.layers.0.mlp.up_proj"].weight.clone()
+    whole.rotate()
+    assert not torch.allclose(whole.linears["model.layers.0.mlp.up_proj"].weight, weight)
+    torch.testing.assert_close(whole(ids), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "activation", "options"),
+    [
+        ([], None, {}),
+        (["block-rotation"], "mxfp4", {}),
+        ([], None, {"start": "gptq", "steps": 20, "lr": 0.003}),
+        ([], None, {"norms": True, "lr": 1e-6, "norm_lr": 0.02, "steps": 20}),
+    ],
+    ids=["weights", "rotated-w4a4", "after-gptq", "norms"],
+)
+def test_the_divergence_falls(model, before, activation, options):
+    first, least = learn(model, *before, activation=activation, **options)[kl_round.REPORT].tolist()
+    assert least < (0.9 if options else 0.75) * first
+
+
+def test_a_step_that_leads_astray_is_not_kept(model):
+    learned = learn(model, steps=2, checks=2, lr=30.0, scale_lr=20.0, reach=4.0)
+    first, least = learned[kl_round.REPORT].tolist()
+    assert least == first
+    skeleton = skeleton_of(model, "kl-round")
+    start = kl_round.start(
+        skeleton, WholeModel(skeleton), tokens(6), kl_round.Options.model_validate({"start": "rtn"})
+    )
+    assert all(torch.equal(learned[name], value) for name, value in start.snapshot().items())
+
+
+def test_what_is_learned_is_what_is_written_twice_over(model, tmp_path):
+    options = {"steps": 6, "norms": True, "norm_lr": 0.02, "lr": 1e-3, "holdout": 0.5, "start": "rtn"}
+    recipe = recipe_of({"kl-round": options}, activation="mxfp8-e4m3")
+    for out in ("a", "b"):
+        quantize(model, tmp_path / out, recipe, calibration=seen_twice())
+    first, second = read_all(tmp_path / "a"), read_all(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert any("held-out sequences" in note for note in checkpoint.card().notes)
+    learned = kl_round.learn(
+        skeleton_of(model, "kl-round", activation="mxfp8-e4m3"),
+        seen_twice(),
+        kl_round.Options.model_validate(options),
+    )
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(checkpoint.load(f"{name}.weight").blocks, learned[f"{name}.blocks"])
+    norm = checkpoint.load("model.layers.1.input_layernorm.weight")
+    assert torch.equal(norm, learned["model.layers.1:input_layernorm.weight.norm"].bfloat16())
+    assert not torch.equal(norm, open_checkpoint(model).load("model.layers.1.input_layernorm.weight"))
+
+
+def test_a_weight_that_another_pass_changed_is_refused(model, tmp_path):
+    work = at_work(model, tmp_path, recipe_of("autoround"))
+    work.learned = learn(model, steps=1, checks=1)
+    work.linears["model.layers.0.mlp.up_proj"].weight.data *= 1.5
+    with pytest.raises(FourfoldError, match=r"up_proj\.weight is not the weight whose rounding"):
+        run_passes(work, recipe_of("kl-round"))
+
+
+def test_only_a_fixed_rotation_may_come_before():
+    check_recipe(recipe_of("block-rotation", "kl-round"))
+    with pytest.raises(UsageError, match=r"'smoothquant' before 'kl-round'.*block-rotation may come before"):
+        check_recipe(recipe_of("smoothquant", "kl-round"))
+
+
+def test_one_sequence_is_too_few(model):
+    with pytest.raises(UsageError, match="at least two calibration sequences"):
+        kl_round.learn(skeleton_of(model, "kl-round"), tokens(1), kl_round.Options.model_validate({}))
