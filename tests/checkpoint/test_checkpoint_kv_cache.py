@@ -58,6 +58,29 @@ def test_scales_per_head_come_back(tiny_llama, tmp_path):
     assert verify(folder).passed
 
 
+def test_the_scheme_is_the_one_that_llm_compressor_writes(tiny_llama, tmp_path):
+    """Copied from its output (0.14.0.1, QuantizationModifier, kv_cache_scheme), with scales [2, 1, 1]."""
+    written = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": "attn_head",
+        "symmetric": True,
+        "type": "float",
+        "zp_dtype": None,
+    }
+    options = {"kv_cache": "fp8-head", "kv_scales": head_scales()}
+    folder = quantize_folder(tiny_llama, tmp_path / "out", "compressed-tensors", lambda _: None, **options)
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["kv_cache_scheme"] == written
+    assert settings["config_groups"] == {} and settings["format"] == "dense"
+
+
 def test_the_library_takes_the_scheme_per_head(tiny_llama, tmp_path):
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -117,7 +140,11 @@ def test_scales_per_head_are_not_converted_to_quark(tiny_llama, tmp_path):
     [
         ({}, UsageError, "--calibration"),
         (head_scales(3), FourfoldError, "holds 3 numbers where the cache has 2"),
-        (head_scales() | {MODULES[2]: torch.tensor([1.0, torch.inf])}, FourfoldError, "not a positive number"),
+        (
+            head_scales() | {MODULES[2]: torch.tensor([1.0, torch.inf])},
+            FourfoldError,
+            "not a positive number",
+        ),
         (head_scales() | {MODULES[2]: torch.tensor([0.0, 1.0])}, FourfoldError, "1.self_attn.k_proj"),
     ],
 )

@@ -16,7 +16,7 @@ from fourfold.checkpoint import CheckpointWriter, open_checkpoint
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import Quantization
 from fourfold.engine.kv_format import kv_format
-from fourfold.formats import get_format
+from fourfold.formats import get_format, hadamard, turn
 
 TOKENS = prompt(90)
 MICROSCALED = ["mxfp8-e4m3", "mxfp4"]
@@ -65,7 +65,7 @@ def test_blocks_read_back_as_the_formats_own(name, dtype, seed, power, blocks):
     form = kv_format(name, dtype, 32 * blocks)
     held = form.encode(0, x)
     assert held.dtype == torch.uint8 and held.shape == (3, 4, form.width)
-    reference = get_format(name).quantize(x)
+    reference = get_format(name).quantize(turn(x.float(), hadamard()))
     expected = torch.cat([reference.blocks, reference.scales], -1)
     assert torch.equal(held, expected)
     assert torch.equal(form.decode(0, held).nan_to_num(7.0), reference.dequantize(dtype).nan_to_num(7.0))
@@ -114,6 +114,25 @@ def test_each_format_moves_the_logits_and_fewer_bits_move_them_further(per_head)
     error = {name: np.abs(load(per_head, kv_cache=name).logits(TOKENS) - exact).mean() for name in FORMATS}
     assert 0 < error["mxfp8-e4m3"] < error["mxfp4"] / 3
     assert 0 < error["fp8-head"] < error["mxfp4"] / 3
+
+
+@pytest.mark.parametrize("name", MICROSCALED)
+def test_turning_changes_nothing_but_the_rounding(name):
+    form = kv_format(name, torch.float32, 64)
+    queries, keys = torch.randn(2, 20, 3, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    held = turn(keys, hadamard())  # without rounding
+    torch.testing.assert_close((form.turn(queries) * held).sum(-1), (queries * keys).sum(-1))
+    torch.testing.assert_close(form.turn(held), keys)
+
+
+def test_a_loud_feature_costs_its_block_less_than_unturned():
+    keys = torch.randn(400, 2, 32, generator=torch.Generator().manual_seed(0))
+    keys[..., 5] += 30.0
+    form = kv_format("mxfp4", torch.float32, 32)
+    kept = form.turn(form.decode(0, form.encode(0, keys)))
+    quiet = [i for i in range(32) if i != 5]
+    plain = get_format("mxfp4").fake_quantize(keys)
+    assert (kept - keys)[..., quiet].square().mean() < 0.5 * (plain - keys)[..., quiet].square().mean()
 
 
 def test_fp8_rounds_as_e4m3_with_its_scale_and_saturates():

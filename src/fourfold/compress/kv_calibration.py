@@ -3,9 +3,10 @@
     scale = max |k| / 448      and the same for v; over all key heads of a layer, or for each key head
 
 The largest value, and no percentile of it: E4M3 rounds relative to each value, so that a larger scale costs
-nothing until values fall below 2^-6 times it, while what lies beyond 448 * scale is lost. llm-compressor
-(kv_cache_scheme, observer minmax) and Quark (PerTensorMinMaxObserver) store the same, and vLLM reads it. Keys
-are taken where the cache takes them: after their norm and rotation, before grouped heads are repeated.
+nothing until values fall below 2^-6 times it, while what lies beyond 448 * scale is lost. Quark
+(PerTensorMinMaxObserver) and llm-compressor with its observer static_minmax store the same numbers, and vLLM
+reads them; llm-compressor's default is a moving average of the largest values of its batches, which is less.
+Keys are taken where the cache takes them: after their norm and rotation, before grouped heads are repeated.
 
 The price of one static scale is that a text with larger keys than any of the calibration set saturates.
 """

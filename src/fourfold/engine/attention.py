@@ -39,7 +39,8 @@ class DenseAttention:
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """Attention of every token to itself and all before it."""
         kv = self.form.decode(layer, self.form.encode(layer, qkv[:, -2 * self.kv_heads :]))
-        return attend(qkv[:, : -2 * self.kv_heads], kv, None)
+        queries = self.form.turn(qkv[:, : -2 * self.kv_heads])
+        return self.form.turn(attend(queries, kv, None))
 
 
 class PagedAttention:
@@ -57,7 +58,7 @@ class PagedAttention:
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """Write this step's keys and values, then attend: decodes as one batch, then each prefill."""
         kv_heads = self.cache.heads
-        queries = qkv[:, : -2 * kv_heads]
+        queries = self.cache.form.turn(qkv[:, : -2 * kv_heads])
         self.cache.write(layer, self.slots, qkv[:, -2 * kv_heads :])
         parts = [self._decode(layer, queries[: self.decodes])] if self.decodes else []
         row = self.decodes
@@ -65,7 +66,7 @@ class PagedAttention:
             kv = self.cache.read(layer, blocks, 1)[0, :length]
             parts.append(attend(queries[row : row + count], kv, mask))
             row += count
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self.cache.form.turn(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _slots(self, chunks: list[Chunk]) -> Tensor:
         size = self.cache.block_size

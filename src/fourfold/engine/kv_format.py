@@ -4,7 +4,9 @@ FP8 is E4M3 (OCP OFP8), value = code * scale, with one scale for all keys and on
 or one for each key head: the checkpoint's, where it stores them, else 1. Beyond +-448 * scale values
 saturate, where torch's cast would give NaN. MX formats (OCP MX v1.0) cut each head of each token into blocks
 of 32 features with their own power of two; the codes of a head come first, then its scales. That is 8.25 bits
-a value in MXFP8 and 4.25 in MXFP4, and needs no calibration.
+a value in MXFP8 and 4.25 in MXFP4, and needs no calibration. Keys have a few loud features, so each block is
+first turned by the Hadamard matrix (as QuaRot, arXiv:2404.00456, does with whole heads); queries are turned
+likewise and attention's result is turned back, which changes nothing but the rounding: q k = (q H) (k H).
 
 Everything is held as raw bytes, since torch can neither gather nor scatter float8. A byte is read back by one
 look-up in a table of the 256 things that it can mean, three times sooner than torch's cast from float8 and
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import KVCacheFormat
-from fourfold.formats import get_format
+from fourfold.formats import get_format, hadamard, turn
+from fourfold.formats.numbers.mx import MX_BLOCK
 from fourfold.formats.numbers.pack import unpack
 from fourfold.formats.numbers.scale import byte_to_scale
 
@@ -40,13 +43,17 @@ class KVFormat(ABC):
         """Bytes of one head of one token."""
         return self.width * self.stored_dtype.itemsize
 
+    def turn(self, x: Tensor) -> Tensor:
+        """Queries [..., D] to the basis in which keys are held, and what attention makes of values back."""
+        return x
+
     @abstractmethod
     def encode(self, layer: int, kv: Tensor) -> Tensor:
         """kv [..., 2 * kv_heads, D] of the model's dtype -> [..., 2 * kv_heads, width] as stored."""
 
     @abstractmethod
     def decode(self, layer: int, stored: Tensor) -> Tensor:
-        """The inverse of ``encode``, up to its rounding."""
+        """The inverse of ``encode``, up to its rounding and its turn."""
 
 
 class AsComputed(KVFormat):
@@ -95,14 +102,14 @@ class Fp8(KVFormat):
 
 
 class Microscaled(KVFormat):
-    """Codes of a head, then the E8M0 scales of its blocks; the rounding is that of ``formats``.
+    """Codes of a head, then the E8M0 scales of its blocks, turned; the rounding is that of ``formats``.
 
     Raises FourfoldError when ``head_dim`` is no whole number of blocks.
     """
 
     def __init__(self, name: KVCacheFormat, dtype: torch.dtype, head_dim: int):
         self.name, self._format = name, get_format(name)
-        self._block = self._format.block_size or head_dim
+        self._block = MX_BLOCK
         if head_dim % self._block:
             raise FourfoldError(
                 f"A KV cache in {name} needs heads of a multiple of {self._block} features, and this model's "
@@ -116,10 +123,15 @@ class Microscaled(KVFormat):
         # the one or two values of a byte are moved as one integer
         self._values = values.view(INTEGERS[values.shape[-1] * dtype.itemsize]).view(-1)
         self._scales = byte_to_scale(byte).to(dtype)
+        self._hadamard = hadamard(self._block)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Every block times the Hadamard matrix, which is its own inverse; float32, rounded once."""
+        return turn(x.float(), self._hadamard).to(x.dtype)
 
     def encode(self, layer: int, kv: Tensor) -> Tensor:
-        """Codes and scales of ``kv``."""
-        held = self._format.quantize(kv)
+        """Codes and scales of ``kv``, turned."""
+        held = self._format.quantize(turn(kv.float(), self._hadamard))
         return torch.cat([held.blocks, held.scales], -1)
 
     def decode(self, layer: int, stored: Tensor) -> Tensor:
