@@ -63,14 +63,15 @@ def exact_forward(work: LayerWork, hidden: torch.Tensor) -> torch.Tensor:
 def find_groups(work: LayerWork) -> Trace:
     """Every group of ``work`` of which the recipe rounds at least one reader."""
     hidden = min(work.inputs, key=len)
+    modules = dict(work.module.named_modules())
+    # what experts hand on among themselves would be kept for nothing: they read as one
+    inside = {id(linear) for m in modules.values() if isinstance(m, Expert) for linear in m.children()}
     normed, readers = {}, {}
-    hooks = [
-        *(m.register_forward_hook(_keep(normed, n)) for n, m in work.module.named_modules() if _is_norm(m)),
-        *(
-            m.register_forward_pre_hook(_keep(readers, n))
-            for n, m in work.module.named_modules()
-            if _reads(m)
-        ),
+    hooks = [m.register_forward_hook(_keep(normed, n)) for n, m in modules.items() if _is_norm(m)]
+    hooks += [
+        m.register_forward_pre_hook(_keep(readers, n))
+        for n, m in modules.items()
+        if _reads(m) and id(m) not in inside
     ]
     try:
         output = exact_forward(work, hidden)
