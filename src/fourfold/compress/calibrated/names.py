@@ -8,7 +8,7 @@ because the recipe keeps it, is cut into them for calibration and put together a
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,17 +93,19 @@ class Names:
         return found
 
 
-def renaming(net: nn.Module):
+def renaming(net: nn.Module) -> Callable[[str], str]:
     """The function that turns a checkpoint's name into that of transformers' module tree."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming
     from transformers.modeling_utils import PreTrainedModel
 
     assert isinstance(net, PreTrainedModel)
     steps = [step for step in get_model_conversion_mapping(net) or [] if isinstance(step, WeightRenaming)]
 
     def rename(name: str) -> str:
-        return EXPERT_LEAF.sub(lambda m: f"{m[1]}{LETTERS[m[2]]}.", apply_renamings(name, steps))
+        for step in steps:
+            name, _ = step.rename_source_key(name)
+        return EXPERT_LEAF.sub(lambda match: f"{match[1]}{LETTERS[match[2]]}.", name)
 
     return rename
 

@@ -5,7 +5,6 @@ and what else lies outside the decoder layers on the device for as long as it ta
 first layer's inputs, and to see what the model would hand each layer besides (masks, rotary embeddings).
 """
 
-import re
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.checkpoint.dialect import TOWER
+from fourfold.compress.calibrated.building import build, find_layers, make_buffers
 from fourfold.compress.calibrated.experts import parameters_apart, separate_experts
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.names import Names
 from fourfold.compress.model import Model
 from fourfold.core.errors import FourfoldError
-
-NUMBERED = re.compile(r"(^|\.)(layers|h|blocks)$")
 
 
 @dataclass(frozen=True)
@@ -167,57 +164,6 @@ class Catcher(nn.Module):
         (seen,) = self._seen
         seen.append((hidden_states, Call(args, kwargs)))
         return hidden_states
-
-
-def build(config: dict[str, Any]) -> nn.Module:
-    """transformers' causal language model of ``config`` on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
-    settings.pop("quantization_config", None)
-    model_type = settings.pop("model_type", None)
-    try:
-        parsed = AutoConfig.for_model(str(model_type), **settings)
-        parsed._experts_implementation = "eager"
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FourfoldError(
-            f"transformers cannot build a causal language model of the type '{model_type}' "
-            f"({' '.join(str(error).split())[:200]}). Passes with calibration need its modules: use a recipe "
-            "without calibration (mxfp4), or a transformers that knows the type."
-        ) from error
-
-
-def make_buffers(part: nn.Module, decoder: nn.Module) -> None:
-    """Let ``decoder`` initialise the buffers of ``part`` that no checkpoint holds: rotary frequencies,
-    embedding scales. What it does not know of becomes NaN.
-    """
-    from transformers.modeling_utils import PreTrainedModel
-
-    assert isinstance(decoder, PreTrainedModel)
-    for buffer in part.buffers():
-        if buffer.is_floating_point():
-            buffer.fill_(float("nan"))
-    for module in part.modules():
-        if module._buffers:
-            decoder._init_weights(module)
-
-
-def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the largest numbered list of modules outside other towers."""
-    lists = [
-        (name, module)
-        for name, module in net.named_modules()
-        if isinstance(module, nn.ModuleList) and NUMBERED.search(name)
-        if not any(TOWER.search(part) or part == "experts" for part in name.split("."))
-    ]
-    if not lists:
-        raise FourfoldError(
-            f"{type(net).__name__} has no list of decoder layers that Fourfold knows. Use a recipe without "
-            "calibration (mxfp4)."
-        )
-    return max(lists, key=lambda item: sum(1 for _ in item[1].modules()))
 
 
 def calibrate_linears(parent: nn.Module) -> None:
