@@ -1,5 +1,6 @@
 """``fourfold evaluate``: is the model still good, and does it keep its gates?"""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -54,7 +55,7 @@ def evaluate(
     engine = {"threads": threads, "kv_cache": kv_cache}
     if isinstance(get_task(task.partition(":")[0]), ServedTask):
         options.refuse(task, reading, "it asks a served model and reads no texts")
-        record = ask(model, task, gate or [], asking, server, engine)
+        record = ask(model, task, gate or [], asking, server, engine, json)
     else:
         options.refuse(task, asking | server, "it reads texts with the model in memory and asks nothing")
         record = read(model, task, gate or [], reading, engine)
@@ -127,18 +128,24 @@ def ask(
     asking: dict[str, Any],
     server: dict[str, Any],
     engine_options: dict[str, Any],
+    json: Path | None,
 ) -> "ScoresRecord":
     """Ask the server behind a URL, or serve the model for as long as it takes."""
-    from pathlib import Path
+    from pydantic import ValidationError
 
     from fourfold.bench.target import is_url, public_target, serving
     from fourfold.cli.bench import bearer
-    from fourfold.cli.output import progress_bar
+    from fourfold.cli.output import progress_bar, write_json
+    from fourfold.core.errors import UsageError
     from fourfold.evaluate import ServedOptions, check_served, evaluate_served, parse_score_gates
 
     gates = parse_score_gates(gate)
-    asked = ServedOptions(**{name: value for name, value in asking.items() if value is not None})
-    check_served(task, asked)
+    try:
+        asked = ServedOptions(**{name: value for name, value in asking.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{'-'.join(map(str, first['loc']))}: {first['msg']}.") from error
+    check_served(task, asked, gates)
     if is_url(target):
         options.refuse(task, engine_options, "the server is running already")
     elif asked.tokenizer is None and (Path(target) / "tokenizer.json").is_file():
@@ -151,13 +158,14 @@ def ask(
     ]
     headers = bearer(server["api_key_env"])
     with serving(target, words) as url, progress_bar("questions") as progress:
-        return evaluate_served(
+        record = evaluate_served(
             url,
             task=task,
             options=asked,
             model=server["model_name"],
             target=public_target(target),
             headers=headers,
-            gates=gates,
             progress=progress,
         )
+    write_json(json, record)  # what was measured stays, also if a gate names a score that is not there
+    return record.model_copy(update={"gates": [gate.judge_score(record.scores) for gate in gates]})

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import Estimate, GateResult, Score, TextQuality
 
 UPPER_LIMITS = ("perplexity", "perplexity_ratio", "kl_divergence", "tail_loss", "tail_loss_increase")
@@ -46,7 +46,10 @@ class Gate:
 def estimate_of(quality: TextQuality, metric: str) -> Estimate:
     """The estimate that a gate's metric names."""
     estimate = getattr(quality, metric)
-    assert isinstance(estimate, Estimate), f"{metric} was not measured"
+    if not isinstance(estimate, Estimate):
+        raise FourfoldError(
+            f"'{metric}' could not be measured on these texts. Use more text, or no gate on it."
+        )
     return estimate
 
 

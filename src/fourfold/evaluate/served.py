@@ -36,13 +36,20 @@ def split_task(words: str) -> tuple[str, str]:
     return name, argument
 
 
-def check_served(task: str, options: ServedOptions) -> ServedTask:
+def check_served(task: str, options: ServedOptions, gates: Sequence[Gate] = ()) -> ServedTask:
     """The served task of ``name:argument``. Raises UsageError for what cannot be, before any work."""
     name, argument = split_task(task)
     chosen = get_task(name)
     if not isinstance(chosen, ServedTask):
         raise UsageError(f"The task '{name}' reads texts with the model in memory; it asks no server.")
     chosen.check(argument, options)
+    known = chosen.names(argument, options)
+    for gate in gates:
+        if not gate.metric.startswith(tuple(known)):
+            raise UsageError(
+                f"Gate '{gate.metric}': the task '{task}' has no such score; its scores are called "
+                f"{', '.join(known)}."
+            )
     return chosen
 
 
@@ -63,7 +70,7 @@ def evaluate_served(
     is missing.
     """
     options = options or ServedOptions()
-    chosen = check_served(task, options)
+    chosen = check_served(task, options, gates)
     endpoint = Endpoint(url, model, headers)
     answered = chosen.ask(endpoint, split_task(task)[1], options, progress or _silent)
     return ScoresRecord(

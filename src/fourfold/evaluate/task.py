@@ -81,10 +81,19 @@ class Check(Protocol):
         ...
 
 
+class Names(Protocol):
+    """The beginnings of the names that the scores will have, as far as they are known before."""
+
+    def __call__(self, argument: str, options: "ServedOptions") -> list[str]:
+        """Whole names, or what the names begin with."""
+        ...
+
+
 @dataclass(frozen=True)
 class ServedTask:
-    """How to ask, what to check before, and the method in words for the record."""
+    """How to ask, what to check before, what will be scored, and the method in words for the record."""
 
     ask: Ask
     check: Check
+    names: Names
     method: str

@@ -59,8 +59,8 @@ METRICS = (
         "Loss on rare tokens",
         "nats/token",
         "lower",
-        "Mean negative log-likelihood of the tokens that are rarest in the texts, until they are a "
-        "tenth of the scored. Comparable between models only with the same tokenizer and texts.",
+        "Mean negative log-likelihood of the tokens that are rarest in the texts, a tenth of "
+        "the scored. Comparable between models only with the same tokenizer and texts.",
     ),
     QualityMetric(
         "tail_loss_increase",

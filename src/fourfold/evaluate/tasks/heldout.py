@@ -20,7 +20,7 @@ METHOD = (
     "Plain windows that do not overlap, at equal distances through each text, each read on its own; every "
     "token but a window's first is scored. 95 % intervals: linearized ratio estimator over windows, texts as "
     "strata, Student quantile; top-1 agreement by Korn and Graubard. Model and base see the same windows. "
-    "Tail: the tokens that are rarest in the texts (all, read whole), until they are a tenth of the scored."
+    "Tail: the kinds of tokens that are rarest in the texts (all, read whole), a tenth of the scored."
 )
 
 

@@ -82,6 +82,16 @@ def check(argument: str, options: ServedOptions) -> None:
     read_problems()
 
 
+def names(argument: str, options: ServedOptions) -> list[str]:
+    """pass@k for every reported k."""
+    return [f"pass@{k}" for k in reported(options.samples)]
+
+
+def reported(n: int) -> list[int]:
+    """The k of pass@k that ``n`` answers allow."""
+    return sorted({k for k in REPORTED_K if k <= n} | {n})
+
+
 def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Progress) -> Answered:
     """Write all answers, then run them; progress counts both."""
     problems = read_problems()[: options.questions]
@@ -153,8 +163,7 @@ def too_long(problem: Problem, sample: int) -> Attempt:
 def scores(problems: Sequence[Problem], attempts: Sequence[Attempt], n: int) -> list[Score]:
     """pass@k for every reported k up to ``n`` answers."""
     right = [sum(a.passed for a in attempts if a.question == p.task_id) for p in problems]
-    ks = sorted({k for k in REPORTED_K if k <= n} | {n})
-    return [Score(name=f"pass@{k}", value=pass_at(right, n, k), questions=len(problems)) for k in ks]
+    return [Score(name=f"pass@{k}", value=pass_at(right, n, k), questions=len(problems)) for k in reported(n)]
 
 
 def pass_at(right: Sequence[int], n: int, k: int) -> Estimate:
@@ -165,4 +174,4 @@ def pass_at(right: Sequence[int], n: int, k: int) -> Estimate:
     return share(mean_per_token([values], [np.ones(len(values), dtype=int)]))
 
 
-TASK = ServedTask(ask=ask, check=check, method=METHOD)
+TASK = ServedTask(ask=ask, check=check, names=names, method=METHOD)

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fourfold.core.errors import FourfoldError, UsageError
@@ -55,14 +56,19 @@ def check(argument: str, options: ServedOptions) -> None:
         raise FourfoldError("lm-eval is not installed: pip install 'fourfold[evaluate]'.")
 
 
+def names(argument: str, options: ServedOptions) -> list[str]:
+    """Scores are called task/metric; which metrics there are, the library says only afterwards."""
+    return task_list(argument)
+
+
 def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Progress) -> Answered:
     """Let the library ask. Raises UsageError for unknown tasks, FourfoldError for whatever it fails at."""
-    names = task_list(argument)
+    tasks = task_list(argument)
     with quiet():
         # not by import: the library is optional, and its types are not for checking
-        library, tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
-        manager = tasks.TaskManager(include_path=str(options.include) if options.include else None)
-        unknown = [name for name in names if name not in manager.all_tasks]
+        library, manage = import_module("lm_eval"), import_module("lm_eval.tasks")
+        manager = manage.TaskManager(include_path=str(options.include) if options.include else None)
+        unknown = [name for name in tasks if name not in manager.all_tasks]
         if unknown:
             raise UsageError(
                 f"lm-eval knows no task '{unknown[0]}'. `lm-eval ls tasks` lists what there is; "
@@ -72,7 +78,7 @@ def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Pro
             results = library.simple_evaluate(
                 model="local-completions",
                 model_args=model_arguments(endpoint, options),
-                tasks=list(names),
+                tasks=list(tasks),
                 task_manager=manager,
                 limit=options.questions,
                 log_samples=False,
@@ -82,9 +88,10 @@ def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Pro
                 torch_random_seed=options.seed,
             )
         except Exception as error:  # a library of libraries: anything may come out of it
-            raise FourfoldError(explain(error, names, options)) from error
+            raise FourfoldError(explain(error, tasks, options)) from error
     scores, notes = read_results(results or {})
-    settings = {"questions": options.questions, "tokenizer": options.tokenizer, "seed": options.seed}
+    tokenizer = Path(options.tokenizer).name if options.tokenizer else None
+    settings = {"questions": options.questions, "tokenizer": tokenizer, "seed": options.seed}
     return Answered(scores, settings=settings | {"lm_eval": installed_version("lm_eval")}, notes=notes)
 
 
@@ -103,14 +110,14 @@ def model_arguments(endpoint: Endpoint, options: ServedOptions) -> dict[str, Any
     }
 
 
-def explain(error: Exception, names: list[str], options: ServedOptions) -> str:
+def explain(error: Exception, tasks: list[str], options: ServedOptions) -> str:
     """The library's failure as one paragraph with what helps most often."""
     said = " ".join(str(error).split())[:300] or "no message"
     if options.tokenizer is None:
         remedy = "Tasks that score given text need --tokenizer FOLDER, the model's own."
     else:
         remedy = "See that the task's data can be loaded here, and that the server answers echo and logprobs."
-    return f"lm-eval failed at {', '.join(names)} ({type(error).__name__}: {said}). {remedy}"
+    return f"lm-eval failed at {', '.join(tasks)} ({type(error).__name__}: {said}). {remedy}"
 
 
 def read_results(results: dict[str, Any]) -> tuple[list[Score], list[str]]:
@@ -153,4 +160,4 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-TASK = ServedTask(ask=ask, check=check, method=METHOD)
+TASK = ServedTask(ask=ask, check=check, names=names, method=METHOD)

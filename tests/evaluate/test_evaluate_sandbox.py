@@ -1,0 +1,174 @@
+"""What a program may do, and that no way of ending early passes for having passed."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fourfold.core.errors import FourfoldError
+from fourfold.evaluate.sandbox import Limits, Verdict, probe, run_program, sandbox
+
+FAST = Limits(wall_s=20.0)  # generous: other tests may hold the cores
+WALLS = {
+    "network": "no network",
+    "files": "files read-only outside its own folder",
+    "processes": "no new processes",
+    "sight": "no other processes in sight",
+}
+
+
+def needs(wall: str):
+    """Only where this machine's kernel grants the wall."""
+    if WALLS[wall] not in probe().isolation:
+        pytest.skip(f"this kernel does not grant: {WALLS[wall]}")
+
+
+def ended(program: str, limits: Limits = FAST) -> Verdict:
+    return run_program(program, limits)
+
+
+def test_a_program_that_reaches_its_end_passes():
+    verdict = ended("import math\nassert math.sqrt(9) == 3\n")
+    assert verdict.passed and verdict.reason == "passed"
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 + 1 == 3, 'sums'", "AssertionError: sums"),
+        ("def f(:", "SyntaxError"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("exit()", "NameError"),  # site is not there
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("import os\nos._exit(0)", "ended before its last line (code 0)"),
+        ("import ctypes\nctypes.string_at(0)", "ended before its last line"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("input()", "EOFError"),
+        ("import sys\nassert sys.stdin.read() == ''\nsys.stdin.readline()[0]", "IndexError"),
+        ("import numpy", "ModuleNotFoundError"),
+    ],
+)
+def test_every_other_end_fails_and_says_why(program, reason):
+    verdict = ended(program)
+    assert not verdict.passed
+    assert reason in verdict.reason
+
+
+def test_exiting_with_zero_before_the_tests_does_not_pass():
+    """The oldest trick: the exit code of a suite that never ran."""
+    for early in ("import sys; sys.exit(0)", "import os; os._exit(0)", "quit = None; raise SystemExit(0)"):
+        assert not ended(f"def check():\n    assert False\n{early}\ncheck()\n").passed
+
+
+def test_writing_into_every_open_file_forges_no_verdict():
+    forge = """
+import os
+for number in range(3, 64):
+    for line in (b'{"token": ""}', b'{"token": true}', b'{"passed": true}', b'[1]', b'x'):
+        try:
+            os.write(number, line + b"\\n")
+        except OSError:
+            pass
+os._exit(0)
+"""
+    assert not ended(forge).passed
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)"])
+def test_a_program_that_does_not_end_is_stopped(program):
+    start = time.monotonic()
+    verdict = ended(program, Limits(wall_s=1.0))
+    assert not verdict.passed and verdict.reason == "timed out"
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    ["x = bytearray(1 << 32)", "x = []\nwhile True: x.append(bytearray(1 << 24))", "x = 'a' * (1 << 33)"],
+)
+def test_a_memory_bomb_goes_off_inside(bomb):
+    verdict = ended(bomb, Limits(wall_s=20.0, memory_bytes=256 << 20))
+    assert not verdict.passed and "MemoryError" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "import os\nos.fork()",
+        "import subprocess\nsubprocess.run(['true'])",
+        "import os\nos.execv('/bin/true', ['true'])",
+        "import multiprocessing\np = multiprocessing.Process(target=print)\np.start()",
+        "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+    ],
+)
+def test_new_processes_are_refused(attempt):
+    needs("processes")
+    verdict = ended(attempt)
+    assert not verdict.passed and "Error" in verdict.reason
+
+
+def test_files_outside_cannot_be_written_changed_or_removed(tmp_path):
+    needs("files")
+    victim = tmp_path / "victim.txt"
+    victim.write_text("whole")
+    victim.chmod(0o666)
+    tmp_path.chmod(0o777)
+    for attempt in (
+        f"open({str(victim)!r}, 'w').write('spoilt')",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"import os\nos.remove({str(victim)!r})",
+        f"import os\nos.rename({str(victim)!r}, {str(tmp_path / 'moved')!r})",
+    ):
+        assert not ended(attempt).passed
+    assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim.txt"]
+
+
+def test_its_own_folder_takes_little_and_is_gone_afterwards(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tmp_path.chmod(0o777)
+    assert ended("open('own', 'w').write('x')\nassert open('own').read() == 'x'").passed
+    too_much = Limits(wall_s=20.0, disk_bytes=1 << 20)
+    assert "OSError" in ended("open('own', 'wb').write(bytes(2 << 20))", too_much).reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_no_network():
+    needs("network")
+    verdict = ended("import socket\nsocket.create_connection(('127.0.0.1', 9), 5)")
+    assert "unreachable" in verdict.reason
+
+
+def test_other_processes_are_not_in_sight():
+    needs("sight")
+    assert "ProcessLookupError" in ended(f"import os\nos.kill({os.getpid()}, 0)").reason
+    assert "ProcessLookupError" in ended("import os\nos.kill(-1, 9)").reason
+
+
+def test_nothing_of_the_callers_environment_is_inside(monkeypatch):
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    assert ended("import os\nassert set(os.environ) <= {'LC_CTYPE'}, os.environ").passed
+
+
+def test_limits_cannot_be_raised_again():
+    verdict = ended(
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))", Limits(wall_s=20.0)
+    )
+    if os.geteuid() != 0 or "user nobody" in verdict.isolation or WALLS["files"] in verdict.isolation:
+        assert "ValueError" in verdict.reason
+
+
+def test_a_python_that_cannot_start_is_one_error(monkeypatch):
+    monkeypatch.setattr(sandbox, "GUARD", Path("/nowhere/guard.py"))
+    probe.cache_clear()
+    try:
+        with pytest.raises(FourfoldError, match="cannot be run in the sandbox"):
+            probe()
+    finally:
+        probe.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_what_was_had_is_said():
+    assert set(probe().isolation) <= {*WALLS.values(), "user nobody"}
