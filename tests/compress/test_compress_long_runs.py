@@ -1,4 +1,4 @@
-"""Calibrated runs that are killed, run out of disk or memory, or meet bad weights: clear, and nothing lost."""
+"""Calibrated runs that are killed, run out of disk or memory, or meet bad weights: clear, nothing lost."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(tiny_llama, tmp_path):
     assert [r for r in results if r["resumed"] != 0 or r["differing"]] == []
     # before the first layer, between layers, after the last; and with no, some and all shards
     assert {r["layers"] for r in results} == {0, 1, 2}, results
-    assert {r["shards"] for r in results} >= {0, 1, 2}, results
+    assert len({r["shards"] for r in results}) >= 3, results
 
 
 class StoppedError(Exception):

@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from fourfold.cli.records import QuantizationRecord
+    from fourfold.compress import DryRun
     from fourfold.core.manifest import Manifest
 
 
@@ -47,14 +48,13 @@ def quantize(
     """
     from fourfold.cli.output import check_json_path, write_json
     from fourfold.cli.plan_table import show_plan
-    from fourfold.compress import plan
 
     check_json_path(json)
+    job = Job(source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, resume)
     if dry_run:
-        record = plan(source, recipe, dialect)
+        record = predict(job)
         show_plan(record)
     else:
-        job = Job(source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, resume)
         record = run(job)
         show(record)
     write_json(json, record)
@@ -74,6 +74,27 @@ class Job:
     seed: int
     device: str | None
     resume: bool
+
+
+def predict(job: Job) -> "DryRun":
+    """What the job would do and cost; a calibrated one runs one of its layers for that."""
+    import time
+
+    from fourfold.cli.calibration import calibration_for, choose_device
+    from fourfold.compress import load_recipe, plan
+
+    begin = time.perf_counter()
+    recipe = load_recipe(job.recipe)
+    device = choose_device(job.device, recipe)
+    calibration = calibration_for(
+        recipe, job.source, job.calibration, job.samples, job.sequence_tokens, job.seed, device
+    )
+    reading_s = time.perf_counter() - begin
+    folder = job.out.absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    record = plan(job.source, recipe, job.dialect, calibration=calibration, device=device, beside=folder)
+    return record.model_copy(update={"time_estimate_s": record.time_estimate_s + reading_s})
 
 
 def run(job: Job) -> "QuantizationRecord":

@@ -4,13 +4,16 @@ The output size is the sum over the very plan that the writer works from, so it 
 process holds now, plus what the bound of :mod:`stream` admits at the worst place. Time comes from reading and
 rounding one real tensor here and now, scaled by values and threads, plus one hash of the output; a disk that
 writes slower than this machine hashes adds to it.
+
+Where passes look at activations, one layer is really run, and time and memory are told from it
+(:mod:`calibrated.prediction`).
 """
 
 import hashlib
 import mmap
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -19,14 +22,18 @@ from fourfold.checkpoint.dialect import get_writable, module_of
 from fourfold.checkpoint.kv_scales import unit_scales
 from fourfold.checkpoint.plan import CheckpointPlan
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
+from fourfold.compress.calibration import Calibration, CalibrationSet
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
 from fourfold.compress.model import Model
-from fourfold.compress.pipeline import check_recipe, prepare, run_passes
+from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import fits
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
+
+if TYPE_CHECKING:
+    from fourfold.compress.calibrated.prediction import Prediction
 
 # parts of 2^18 values in a dozen temporaries; and the C library keeps freed pieces of up to 32 MiB a thread
 SLACK_BYTES_PER_THREAD = (24 + 32) * 2**20
@@ -46,7 +53,10 @@ class TensorPlan(Record):
 
 
 class DryRun(Record):
-    """What ``quantize`` would do. ``output_bytes`` counts tensors, without headers and other files."""
+    """What ``quantize`` would do. ``output_bytes`` counts tensors, without headers and other files.
+
+    ``temporary_disk_bytes`` is needed beside them while a calibrated run lasts, for its finished layers.
+    """
 
     kind: Literal["fourfold.dry-run/1"] = "fourfold.dry-run/1"
     source: str
@@ -60,6 +70,13 @@ class DryRun(Record):
     shards: int
     peak_memory_bytes: int
     time_estimate_s: float
+    calibration_samples: int | None = None
+    calibration_sequence_tokens: int | None = None
+    device: str = "cpu"
+    gpu_memory_bytes: int | None = None
+    temporary_disk_bytes: int = 0
+    layer_s: float | None = None
+    notes: list[str] = []
 
 
 def plan(
@@ -68,20 +85,28 @@ def plan(
     dialect: str = DEFAULT_DIALECT,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    calibration: Calibration | None = None,
+    device: str = "cpu",
+    beside: Path | None = None,
 ) -> DryRun:
-    """What ``quantize`` would do with the same arguments, and what it costs. Raises as ``quantize`` does."""
+    """What ``quantize`` would do with the same arguments, and what it costs. Raises as ``quantize`` does.
+
+    With a ``calibration`` set, one layer is run; its files lie in a temporary folder in ``beside`` meanwhile.
+    """
+    begun_s = time.perf_counter()
     recipe = load_recipe(recipe)
     check_recipe(recipe)
     checkpoint = open_source(source)
     resolved = resolve(checkpoint, recipe)
-    model = run_passes(recipe, prepare(recipe, resolved.model))
+    prepared = prepare(recipe, resolved.model)
+    model = run_passes(recipe, prepared)
     kv_scales = unit_scales(model.quantization.kv_cache, model.infos(), checkpoint.config)
     layout = CheckpointPlan(
         get_writable(dialect), model.quantization, model.infos(), max_shard_bytes, kv_scales
     )
     output_bytes = sum(shard.nbytes for shard in layout.shards)
     tensors = [_tensor_plan(name, model, resolved.kept.get(name)) for name in model]
-    return DryRun(
+    record = DryRun(
         source=str(source),
         recipe=recipe.name,
         dialect=layout.written_dialect,
@@ -94,6 +119,34 @@ def plan(
         peak_memory_bytes=predict_peak_bytes(model),
         time_estimate_s=estimate_time_s(model, output_bytes),
     )
+    if calibration is None or not is_calibrated(recipe):
+        return record
+    from fourfold.compress.calibrated.prediction import predict
+
+    found = predict(
+        prepared, recipe, calibration, torch.device(device), output_bytes, beside or Path.cwd(), begun_s
+    )
+    return record.model_copy(update=_calibrated_fields(found, model, calibration, device))
+
+
+def _calibrated_fields(
+    found: "Prediction", model: Model, calibration: Calibration, device: str
+) -> dict[str, object]:
+    is_set = isinstance(calibration, CalibrationSet)
+    samples, length = (
+        calibration.token_ids.shape if is_set else (calibration.samples, calibration.sequence_tokens)
+    )
+    return {
+        "peak_memory_bytes": max(found.peak_memory_bytes, predict_peak_bytes(model)),
+        "time_estimate_s": found.time_s,
+        "calibration_samples": samples,
+        "calibration_sequence_tokens": length,
+        "device": device,
+        "gpu_memory_bytes": found.gpu_memory_bytes,
+        "temporary_disk_bytes": found.temporary_disk_bytes,
+        "layer_s": found.layer_s,
+        "notes": found.notes,
+    }
 
 
 def predict_peak_bytes(model: Model, threads: int | None = None) -> int:

@@ -90,6 +90,11 @@ class LayerLoop:
         self._inputs = [hidden.to(HIDDEN_DTYPE) for hidden in inputs]
         self._base_inputs = list(self._inputs) if self.needs_base else None
 
+    def part_from_base(self) -> None:
+        """Hold the original model's states apart from the quantized one's, as from the second layer on."""
+        if self._base_inputs is not None:
+            self._base_inputs = [hidden.clone() for hidden in self._base_inputs]
+
     def step(self, index: int) -> FinishedLayer:
         """Finish layer ``index``, whose inputs are at hand, and compute the inputs of the next, if any.
 

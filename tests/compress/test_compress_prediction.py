@@ -1,0 +1,78 @@
+"""The dry run of a calibrated recipe runs one layer, tells the cost of all, and leaves nothing behind."""
+
+import torch
+from compress_models import tensor_bytes
+from tiny_models import build_tiny_model
+
+from fourfold.compress import Recipe, plan, quantize
+from fourfold.compress.calibrated.prediction import representative
+from fourfold.compress.calibration import CalibrationSet, SelfWritten
+
+GPTQ = Recipe.model_validate({"name": "own", "rules": [{"weight": "mxfp4"}], "passes": ["gptq"]})
+TOKENS = CalibrationSet(torch.arange(4 * 32).view(4, 32), "counted", 0)
+
+
+def test_one_layer_is_run_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch):
+    from fourfold.compress.calibrated.loop import LayerLoop
+
+    run, step = [], LayerLoop.step
+    monkeypatch.setattr(LayerLoop, "step", lambda self, index: run.append(index) or step(self, index))
+    dry = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
+    assert len(run) == 1
+    assert not list(tmp_path.iterdir())
+    assert dry.calibration_samples == 4 and dry.calibration_sequence_tokens == 32
+    assert dry.layer_s is not None and 0 < 2 * dry.layer_s < dry.time_estimate_s
+    assert dry.device == "cpu" and dry.gpu_memory_bytes is None and dry.notes == []
+    quantize(tiny_llama, tmp_path / "out", GPTQ, calibration=TOKENS)
+    assert dry.output_bytes == tensor_bytes(tmp_path / "out")
+
+
+def test_the_disk_of_the_layers_is_foreseen(tiny_llama, tmp_path):
+    seen = []
+
+    def look(done, total, name):
+        if done == total:
+            seen.append(
+                sum(p.stat().st_size for p in (tmp_path / "out.partial" / "layers").glob("*.safetensors"))
+            )
+
+    dry = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
+    quantize(tiny_llama, tmp_path / "out", GPTQ, calibration=TOKENS, layer_progress=look)
+    assert 0.9 < dry.temporary_disk_bytes / seen[0] <= 1  # files have headers
+
+
+def test_what_the_model_would_write_is_timed_on_a_piece(tiny_llama, tmp_path):
+    asked = []
+
+    def write(first, count):
+        asked.append((first, count))
+        return torch.zeros(count, 16, dtype=torch.int64)
+
+    dry = plan(tiny_llama, GPTQ, calibration=SelfWritten(80, 16, 0, write), beside=tmp_path)
+    assert asked == [(0, 32)] and dry.calibration_samples == 80
+
+
+def test_what_is_learned_over_the_whole_model_is_named(tiny_llama, tmp_path):
+    recipe = GPTQ.model_copy(update={"passes": ["kl-round"]})
+    dry = plan(tiny_llama, recipe, calibration=TOKENS, beside=tmp_path)
+    assert any("kl-round" in note for note in dry.notes)
+
+
+def test_the_layer_that_is_run_is_of_the_most_common_kind(tmp_path):
+    """A dense layer before experts counts by its parameters."""
+    from fourfold.compress.calibrated.loop import LayerLoop
+    from fourfold.compress.calibrated.store import LayerStore
+    from fourfold.compress.resolve import open_source, resolve
+
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    }
+    source = build_tiny_model(tmp_path / "moe", "qwen3_moe", num_hidden_layers=3, **experts)
+    model = resolve(open_source(source), GPTQ).model
+    loop = LayerLoop(model, GPTQ, TOKENS, LayerStore(tmp_path), torch.device("cpu"))
+    index, shares = representative(loop)
+    dense, sparse = (sum(p.numel() for p in loop.skeleton.layers[i].parameters()) for i in (0, 1))
+    assert index in (1, 2) and abs(shares - (2 + dense / sparse)) < 1e-9
