@@ -2,8 +2,8 @@
 
 python benchmarks/accuracy/tokens.py TEXT MODEL OUT --samples 512 --sequence-tokens 2048 --seeds 0 1 2
 
-Writes OUT/tokens-seed0.pt, ...: int64 tensors [samples, sequence_tokens] cut from the tokenized TEXT at random
-offsets, with no special tokens. MODEL is any folder that holds a tokenizer.json. Cuts may overlap.
+Writes OUT/tokens-seed0.pt, ...: int64 tensors [samples, sequence_tokens] cut from the tokenized TEXT at
+random offsets, with no special tokens. MODEL is any folder that holds a tokenizer.json. Cuts may overlap.
 """
 
 import argparse

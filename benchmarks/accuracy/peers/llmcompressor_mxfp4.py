@@ -2,9 +2,9 @@
 
 python llmcompressor_mxfp4.py --model DIR --out DIR --scheme w4a16 --method gptq --tokens TOKENS.pt
 
-A method is a '+'-joined list: any number of steps that change float weights (awq, smoothquant, spinquant), then
-what rounds (rtn, gptq, autoround). 'mse' among them makes the scales of the rounding step minimise squared
-error instead of following the largest value. The decoder's linear layers are rounded, nothing else.
+A method is a '+'-joined list: any number of steps that change float weights (awq, smoothquant, spinquant),
+then what rounds (rtn, gptq, autoround). 'mse' among them makes the scales of the rounding step minimise
+squared error instead of following the largest value. The decoder's linear layers are rounded, nothing else.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
 python quark_mxfp4.py --model DIR --out DIR --scheme w4a16 --method gptq --tokens TOKENS.pt
 
-A method is 'rtn', or a '+'-joined list of Quark's algorithms in the order they are applied: rotation, smooth,
-autosmoothquant, awq, gptq, gptaq, qronos, autoround. Each has the settings that Quark ships for the model's type.
+A method is 'rtn', or a '+'-joined list of Quark's algorithms in the order they are applied: rotation,
+smooth, autosmoothquant, awq, gptq, gptaq, qronos, autoround. Each has the settings that Quark ships for the
+model's type.
 The decoder's linear layers are rounded, nothing else.
 """
 
