@@ -8,11 +8,17 @@ from fourfold.core.records import (
     Estimate,
     EvaluationRecord,
     GateResult,
+    LayerError,
+    LayerPicture,
+    LinearError,
     Machine,
     ModelCard,
+    PositionLoss,
     RequestRecord,
     RunRecord,
     RunSettings,
+    Score,
+    ScoresRecord,
     TextQuality,
 )
 
@@ -112,6 +118,62 @@ def evaluation(model: ModelCard = QUANTIZED, base: ModelCard | None = BASE, **ch
         "machine": MACHINE,
     }
     return EvaluationRecord(**(values | changes))
+
+
+def long_context(model: ModelCard = QUANTIZED, base: ModelCard | None = BASE) -> EvaluationRecord:
+    positions = [
+        PositionLoss(
+            start=start,
+            end=end,
+            tokens=end - start,
+            loss=near(3.21 + i),
+            loss_base=near(3.11 + i),
+            loss_increase=near(0.0987 + i),
+        )
+        for i, (start, end) in enumerate([(1, 32), (32, 64)])
+    ]
+    values = {"task": "longcontext", "positions": positions, "window_tokens": 64, "texts": {}, "gates": []}
+    return evaluation(model, base).model_copy(update=values)
+
+
+def picture() -> LayerPicture:
+    return LayerPicture(
+        window_tokens=128,
+        windows=12,
+        layers=[
+            LayerError(
+                layer=i, own_error=0.0123 + i, built_up_error=0.0234 + i, kl_divergence=near(0.0345 + i)
+            )
+            for i in range(2)
+        ],
+        linears=[
+            LinearError(
+                name=f"model.layers.{i}.mlp.{kind}",
+                layer=i,
+                format="mxfp4",
+                relative_error=0.11,
+                sqnr_db=19.17 + i,
+            )
+            for i in range(2)
+            for kind in ("up_proj", "down_proj")
+        ],
+        notes=["1 norms differ <b>"],
+    )
+
+
+def scores(model: ModelCard | None = QUANTIZED, name: str = "pass@1") -> ScoresRecord:
+    return ScoresRecord(
+        created="2026-01-04T00:00:00+00:00",
+        target="http://h:1",
+        model_name="served",
+        model=model,
+        task="humaneval",
+        scores=[Score(name=name, value=near(0.1357), questions=164)],
+        settings={"samples": 1, "max_tokens": 99, "temperature": 0.0},
+        method="asked and judged",
+        notes=["Sandbox: own process."],
+        machine=MACHINE,
+    )
 
 
 def write(path: Path, record) -> None:

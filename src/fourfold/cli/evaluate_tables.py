@@ -112,7 +112,7 @@ def _positions(record: EvaluationRecord) -> Table:
 def _show_layers(picture: LayerPicture) -> None:
     """A row and a bar per decoder layer, and the linears that lost most."""
     table = _table("layer", "KL, alone", "own error", "built up", "SQNR dB")
-    table.add_column("KL, alone: its share of the largest")
+    table.add_column("KL, to the largest", no_wrap=True)
     largest = max(layer.kl_divergence.value for layer in picture.layers)
     for layer in picture.layers:
         own = [e.sqnr_db for e in picture.linears if e.layer == layer.layer and e.sqnr_db is not None]

@@ -31,8 +31,10 @@ def scores_command(record: ScoresRecord) -> str:
     """``fourfold evaluate`` for a task that asks a served model."""
     words = ["fourfold", "evaluate", record.target, "--task", record.task]
     words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
-    given = {name: v for name, v in record.settings.items() if name in REPEATED and v is not None}
-    return shlex.join([*words, *(w for name, v in given.items() for w in (REPEATED[name], str(v)))])
+    given = [(flag, record.settings.get(name)) for name, flag in REPEATED.items()]
+    return shlex.join(
+        [*words, *(w for flag, value in given if value is not None for w in (flag, str(value)))]
+    )
 
 
 def bench_command(record: RunRecord) -> str:
