@@ -124,6 +124,15 @@ def test_only_a_fixed_rotation_may_come_before():
         check_recipe(recipe_of("smoothquant", "kl-round"))
 
 
+def test_a_gpu_that_is_too_small_is_told(model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore lines")
+
+    monkeypatch.setattr(kl_round, "descend", full)
+    with pytest.raises(FourfoldError, match=r"learned on 4 sequences of 32 tokens.*9 GiB.*Lower `micro`"):
+        learn(model, steps=1)
+
+
 def test_one_sequence_is_too_few(model):
     with pytest.raises(UsageError, match="at least two calibration sequences"):
         kl_round.learn(skeleton_of(model, "kl-round"), tokens(1), kl_round.Options.model_validate({}))

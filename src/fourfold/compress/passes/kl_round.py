@@ -114,7 +114,22 @@ class Student:
 
 
 def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
-    """Per weight its final ``.blocks``, ``.scales`` and a ``.total`` that tells which weight they are for."""
+    """Per weight its final ``.blocks``, ``.scales`` and a ``.total`` that tells which weight they are for.
+
+    Raises UsageError for fewer than two sequences, FourfoldError for NaN or Inf in a weight and when the
+    GPU's memory is not enough.
+    """
+    try:
+        return _learn(skeleton, calibration, options)
+    except torch.OutOfMemoryError as error:
+        raise FourfoldError(
+            f"The GPU ran out of memory while 'kl-round' learned on {options.micro} sequences of "
+            f"{calibration.token_ids.shape[1]} tokens at a time ({str(error).splitlines()[0]}). Lower "
+            "`micro` or --sequence-tokens; if it is the model that does not fit, use `autoround`."
+        ) from error
+
+
+def _learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
     train_ids, held = split(calibration, options)
     train = CalibrationSet(train_ids, calibration.source, calibration.seed)
     base, model = WholeModel(skeleton), WholeModel(skeleton)
