@@ -36,9 +36,8 @@ class Options(Record):
 
     damping: float = Field(0.01, gt=0, le=1)
     order: Literal["natural", "activation"] = "activation"
-    asymmetric: bool = True
+    asymmetric: bool = False
     asymmetry: float = Field(0.25, ge=0, le=1)
-    staged: bool = True
     search: bool = True
 
 
@@ -53,25 +52,11 @@ class Statistics:
 
 def round_layer(work: LayerWork, options: Options) -> None:
     """Round every linear layer of the scheme. Raises FourfoldError that names a layer whose H is not finite."""
-    stages = staged(work) if options.staged else [list(work.schemes)]
-    for names in stages:
-        shared = shared_inputs(work, names)
-        statistics = collect(work, list(shared), options)
-        for first, together in shared.items():
-            if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
-                round_together(work, together, statistics[first], options)
-
-
-def staged(work: LayerWork) -> list[list[str]]:
-    """The linear layers in the order in which the layer's data reaches them, those without a path together."""
-    order: list[str] = []
-    work.observe(work.schemes, lambda name, x: order.append(name), work.inputs[:1])
-    stages: dict[str, list[str]] = {}
-    for name in dict.fromkeys([*order, *work.schemes]):
-        leaf = name.rpartition(".")[2]
-        key = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj", "w3": "w1"}.get(leaf, leaf)
-        stages.setdefault(key, []).append(name)
-    return list(stages.values())
+    shared = shared_inputs(work, list(work.schemes))
+    statistics = collect(work, list(shared), options)
+    for first, together in shared.items():
+        if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
+            round_together(work, together, statistics.pop(first), options)
 
 
 def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
@@ -128,11 +113,18 @@ def add(found: dict[str, Statistics], name: str, x: torch.Tensor, base: torch.Te
         found[name] = Statistics(x.new_zeros(width, width), None)
     statistics = found[name]
     statistics.tokens += len(x)
-    statistics.hessian.addmm_(x.T, x)
+    statistics.hessian += product(x.T, x)
     if base is not None and base.shape == x.shape:
         if statistics.shift is None:
             statistics.shift = torch.zeros_like(statistics.hessian)
-        statistics.shift.addmm_((base.float() - x).T, x)
+        statistics.shift += product((base.float() - x).T, x)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in float32. A GPU multiplies inputs as it does in the model, in bfloat16, which is fast."""
+    if a.is_cuda:
+        return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16), out_dtype=torch.float32)
+    return a @ b
 
 
 def round_together(work: LayerWork, names: list[str], statistics: Statistics, options: Options) -> None:
