@@ -9,7 +9,7 @@ from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import first_match
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import InputTransform, Quantization
+from fourfold.core.quantization import InputTransform
 from fourfold.formats import ROTATION_SIZE, turn
 
 IN_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
@@ -35,18 +35,6 @@ def rotated_model(model: Model, modules: list[str], transform: InputTransform, w
         )
     quantization = model.quantization.model_copy(update={"layers": layers})
     return Model(model.config, model.entries, quantization)
-
-
-def check_reached(quantization: Quantization, prefixes: list[str]) -> None:
-    """Raise UsageError for a rotated module outside the decoder layers ``prefixes``: nobody would turn it."""
-    inside = tuple(f"{prefix}." for prefix in prefixes)
-    for name, scheme in quantization.layers.items():
-        if scheme.input_transform is not None and not name.startswith(inside):
-            raise UsageError(
-                f"{name} is to be rotated, but lies outside the decoder layers that transformers builds "
-                f"({prefixes[0]} to {prefixes[-1]}), so that nothing would turn its weight. Add a `keep` "
-                f"entry '{name}' to the recipe, or choose the pass's `modules`."
-            )
 
 
 def can_turn(model: Model, module: str) -> bool:

@@ -26,7 +26,6 @@ from fourfold.compress.model import Model, Value
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
 from fourfold.compress.pipeline import Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
-from fourfold.compress.rotated import check_reached
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
 from fourfold.formats import get_format
@@ -81,7 +80,6 @@ class LayerLoop:
     @torch.no_grad()
     def start(self) -> None:
         """Learn what passes learn over the whole model, and compute the first layer's inputs."""
-        check_reached(self.model.quantization, [self.skeleton.prefix(i) for i in range(len(self.skeleton))])
         for chosen, options in self.passes:
             if chosen.learn is not None:
                 self._learned[chosen.name] = self._learn(chosen, options)
