@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fourfold.core.machine import describe_machine, now
 from fourfold.core.records import Machine, Record
@@ -104,7 +106,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_inputs(work: Path, options: argparse.Namespace) -> None:
-    """The random model in ``work/model`` and the token ids in ``work/tokens.pt``."""
+    """The random model in ``work/model``, with a tokenizer that the tools want beside it, and the token ids in ``work/tokens.pt``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -116,6 +118,8 @@ def make_inputs(work: Path, options: argparse.Namespace) -> None:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(work / "model")
+    words = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(work / "model")
     torch.save(torch.randint(0, config.vocab_size, (1, options.tokens)), work / "tokens.pt")
 
 
