@@ -183,6 +183,30 @@ def test_the_rows_of_both_models_are_the_same_tokens(models, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "watched", "runs"),
+    [
+        ("gpt_oss", "self_attn.q_proj", set()),
+        ("gpt_oss", "mlp.experts.1.up_proj", {1}),
+        ("deepseek_v3", "mlp.experts.2.down_proj", {2}),
+        ("deepseek_v3", "mlp.shared_experts.down_proj", {0, 1, 2, 3}),  # runs after them, and might need them
+    ],
+)
+def test_experts_run_for_an_observation_only_when_they_must(models, tmp_path, model_type, watched, runs):
+    loop, _ = work_on(models(model_type), tmp_path)
+    work = loop.begin(1)
+    work.survey_experts()
+    ran = set()
+    for index, expert in enumerate(work.module.mlp.experts):
+        expert.down_proj.register_forward_hook(lambda m, args, out, index=index: ran.add(index))
+    seen = []
+    work.observe([f"model.layers.1.{watched}"], lambda name, x: seen.append(len(x)))
+    assert seen
+    assert ran == runs
+    work.outputs(work.inputs)
+    assert ran == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
     "passes", [["gptq"], ["awq", "rtn"], ["smoothquant", "gptq"], [{"autoround": {"steps": 2}}]]
 )
 def test_an_expert_that_saw_no_token_is_rounded_and_named(unloved, tmp_path, passes):

@@ -46,15 +46,22 @@ class Expert(nn.Module):
         self.up_proj = linear(hidden, width)
         self.down_proj = linear(width, hidden)
 
+    @property
+    def observed(self) -> bool:
+        """Whether somebody looks at what reaches this expert."""
+        return any(getattr(linear, "observer", None) is not None for linear in self.children())
+
 
 class SeparateExperts(nn.Module):
     """Takes the place of a fused experts module ``fused``; parameters are on the meta device until filled.
 
-    ``count_only``, when set, is told of the routing, and nothing is computed.
+    ``count_only``, when set, is told of the routing, and nothing is computed. With ``only_observed`` nor are
+    experts at which nobody looks, for runs whose output nobody takes.
     """
 
     count_only: Routed | None = None
     plan: Plan | None = None
+    only_observed: bool = False
 
     def __init__(self, fused: nn.Module):
         super().__init__()
@@ -93,6 +100,8 @@ class SeparateExperts(nn.Module):
         weights = top_k_weights.flatten()
         for index, (expert, chosen) in enumerate(zip(self, order.split(counts), strict=True)):
             token = chosen // top_k_index.shape[1]
+            if self.only_observed and not expert.observed:
+                continue
             extra = plan.extra.get(index)
             rows = token if extra is None else torch.cat([token, extra.to(token)])
             if len(rows):

@@ -11,12 +11,14 @@ one's alike, so that their rows are the same tokens. Price: one run of the layer
 tokens x k x 2 bytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from fourfold.compress.calibrated.experts import Plan, SeparateExperts
+from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.core.records import Record
 
 LEAST, SHARE_OF_INPUTS = 64, 8
@@ -57,21 +59,22 @@ class Survey:
 
     def see(self, chosen: torch.Tensor, logits: torch.Tensor | None) -> None:
         """The experts chosen in a batch [tokens, k], and the router's logits [tokens, E]."""
-        chosen = chosen.detach().cpu()
+        chosen = chosen.detach()
         first = sum(len(batch) for batch in self._chosen)
-        self._chosen.append(chosen.to(torch.int16))
-        self.counts += chosen.flatten().bincount(minlength=len(self.counts))
+        self._chosen.append(chosen.to("cpu", torch.int16))
+        self.counts += chosen.flatten().bincount(minlength=len(self.counts)).cpu()
         if logits is None or len(logits) != len(chosen):
             return
-        missed = logits.cpu().float().softmax(-1).scatter(1, chosen, -1.0).T
-        best = torch.cat([self._best, missed], 1)
-        where = torch.cat([self._where, torch.arange(first, first + len(chosen)).expand_as(missed)], 1)
+        missed = logits.float().softmax(-1).scatter(1, chosen, -1.0).T
+        where = torch.arange(first, first + len(chosen), device=missed.device).expand_as(missed)
+        best = torch.cat([self._best.to(missed.device), missed], 1)
         self._best, kept = best.topk(min(self.enough, best.shape[1]))
-        self._where = where.gather(1, kept)
+        self._where = torch.cat([self._where.to(missed.device), where], 1).gather(1, kept)
 
     def plans(self) -> list[Plan]:
         """The routing of each batch, with the extra tokens of starved experts."""
-        extra = {expert: self._where[expert][: self._wanted(expert)] for expert in range(len(self.counts))}
+        best = self._where.cpu()
+        extra = {expert: best[expert][: self._wanted(expert)] for expert in range(len(self.counts))}
         plans, first = [], 0
         for chosen in self._chosen:
             end = first + len(chosen)
@@ -91,22 +94,68 @@ class Survey:
 
 
 class Routing:
-    """The laid-down routing of a layer's experts, by the batches it was found for."""
+    """The laid-down routing of a layer's experts, by the batches it was found for. ``after`` are the linear
+    layers that ran once the experts had, and may depend on them.
+    """
 
-    def __init__(self, plans: dict[SeparateExperts, list[Plan]], batches: Iterable[list[torch.Tensor]]):
-        self._plans = plans
+    def __init__(
+        self,
+        plans: dict[SeparateExperts, list[Plan]],
+        batches: Iterable[list[torch.Tensor]],
+        after: set[CalibratedLinear],
+    ):
+        self._plans, self._after = plans, after
         self._numbers = {id(batch): number for one in batches for number, batch in enumerate(one)}
 
-    def lay_down(self, hidden: torch.Tensor | None) -> None:
-        """Route as planned for the batch ``hidden``; for None, or a batch of no plan, as the router says."""
+    def lay_down(self, hidden: torch.Tensor) -> None:
+        """Route as planned for the batch ``hidden``; for one that is not known, as the router says."""
         number = self._numbers.get(id(hidden))
         for experts, plans in self._plans.items():
             experts.plan = None if number is None else plans[number]
 
+    @contextmanager
+    def observing(self, watched: Iterable[CalibratedLinear]) -> Iterator[None]:
+        """While only what ``watched`` see matters, experts run where they must, and as laid down."""
+        needless = len(self._plans) == 1 and self._after.isdisjoint(watched)
+        for experts in self._plans:
+            experts.only_observed = needless
+        try:
+            yield
+        finally:
+            for experts in self._plans:
+                experts.plan, experts.only_observed = None, False
 
-def experts_of(module: nn.Module) -> dict[str, SeparateExperts]:
-    """The separate experts of a layer by module name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, SeparateExperts)}
+
+def survey(module: nn.Module, batches: Iterable[torch.Tensor], run: Callable[[torch.Tensor], object]):
+    """Run a layer over ``batches`` with its experts only counting. Returns a Survey of each experts module,
+    and the linear layers that ran after the experts.
+    """
+    surveys = {experts: Survey(experts) for experts in experts_of(module)}
+    after: set[CalibratedLinear] = set()
+    linears = [child for child in module.modules() if isinstance(child, CalibratedLinear)]
+    for experts, one in surveys.items():
+
+        def count(chosen: torch.Tensor, logits: torch.Tensor | None, one: Survey = one) -> None:
+            after.clear()
+            one.see(chosen, logits)
+
+        experts.count_only = count
+    for linear in linears if surveys else ():
+        linear.observer = lambda x, linear=linear: after.add(linear)
+    try:
+        for hidden in batches if surveys else ():
+            run(hidden)
+    finally:
+        for linear in linears:
+            linear.observer = None
+        for experts in surveys:
+            experts.count_only = None
+    return surveys, after
+
+
+def experts_of(module: nn.Module) -> list[SeparateExperts]:
+    """The separate experts of a layer."""
+    return [child for child in module.modules() if isinstance(child, SeparateExperts)]
 
 
 def summarise(found: list[ExpertTokens]) -> list[str]:

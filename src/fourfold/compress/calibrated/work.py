@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
-from fourfold.compress.calibrated.routing import ExpertTokens, Routing, Survey, experts_of
+from fourfold.compress.calibrated.routing import ExpertTokens, Routing, survey
 from fourfold.compress.calibrated.skeleton import Call
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
@@ -41,7 +41,7 @@ class LayerWork:
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: dict[str, BlockTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    routing: Routing = field(default_factory=lambda: Routing({}, []))
+    routing: Routing = field(default_factory=lambda: Routing({}, [], set()))
     expert_tokens: list[ExpertTokens] = field(default_factory=list)
 
     @property
@@ -76,33 +76,24 @@ class LayerWork:
         for name, linear in watched:
             linear.observer = lambda x, name=name: see(name, x)
         try:
-            for hidden in self.inputs if inputs is None else inputs:
-                self.routing.lay_down(hidden)
-                self.forward(hidden)
+            with self.routing.observing(linear for _, linear in watched):
+                for hidden in self.inputs if inputs is None else inputs:
+                    self.routing.lay_down(hidden)
+                    self.forward(hidden)
         finally:
-            self.routing.lay_down(None)
             for _, linear in watched:
                 linear.observer = None
 
     @torch.no_grad()
     def survey_experts(self) -> None:
         """Count the tokens that reach each expert, and lay the routing down for ``observe``."""
-        found = experts_of(self.module)
-        surveys = {experts: Survey(experts) for experts in found.values()}
-        for experts, survey in surveys.items():
-            experts.count_only = survey.see
-        for hidden in self.inputs if found else ():
-            self.forward(hidden)
-        for experts in surveys:
-            experts.count_only = None
-        self.routing = Routing(
-            {experts: survey.plans() for experts, survey in surveys.items()},
-            [self.inputs, self.base_inputs or []],
-        )
+        surveys, after = survey(self.module, self.inputs, self.forward)
+        plans = {experts: one.plans() for experts, one in surveys.items()}
+        self.routing = Routing(plans, [self.inputs, self.base_inputs or []], after)
         names = {linear: name for name, linear in self.linears.items()}
         self.expert_tokens = [
-            survey.record(names[next(iter(experts)).up_proj].rsplit(".", 2)[0])
-            for experts, survey in surveys.items()
+            one.record(names[next(iter(experts)).up_proj].rsplit(".", 2)[0])
+            for experts, one in surveys.items()
         ]
 
     def finish(self, name: str, blocks: BlockTensor) -> None:
