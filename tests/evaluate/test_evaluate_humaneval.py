@@ -38,10 +38,15 @@ class Oracle(BaseHTTPRequestHandler):
         self.bodies.append(body)
         if self.status != 200:
             return self.reply(self.status, {"error": {"message": "out of order"}})
-        texts = self.answers.get(body["prompt"])
+        asked = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+        texts = self.answers.get(asked)
         if texts is None:
             return self.reply(400, {"error": {"message": "This model's maximum context length is 8 tokens"}})
-        choices = [{"index": i, "text": texts[i % len(texts)]} for i in range(body.get("n", 1))]
+        texts = [texts[i % len(texts)] for i in range(body.get("n", 1))]
+        if "messages" in body:
+            choices = [{"index": i, "message": {"content": text}} for i, text in enumerate(texts)]
+        else:
+            choices = [{"index": i, "text": text} for i, text in enumerate(texts)]
         self.reply(200, {"choices": choices[::-1]})
 
     def reply(self, status: int, body: dict) -> None:
@@ -124,6 +129,26 @@ def test_several_answers_give_pass_at_k(oracle, problems):
     assert {s.name: s.value.value for s in record.scores} == {"pass@1": 0.25, "pass@4": 0.5}
     assert len(record.attempts) == 8 and {a.sample for a in record.attempts} == {0, 1, 2, 3}
     assert all(b["n"] == 4 and b["temperature"] == 0.8 for b in handler.bodies)
+
+
+def test_in_a_chat_the_first_block_of_code_is_run(oracle, problems):
+    url, handler = oracle
+    whole, helped, bare, wrong = problems[0], problems[32], problems[2], problems[3]
+    assert "def poly(" in helped.prompt, "its solution needs a helper of the prompt"
+    solution = whole.prompt + whole.canonical_solution
+    answers = {
+        whole: f"Sure!\n```python\n{solution}```\nIt works:\n```\nassert False\n```",
+        helped: f"```py\ndef {helped.entry_point}(xs: list):\n{helped.canonical_solution}",
+        bare: bare.canonical_solution,
+        wrong: f"```python\ndef {wrong.entry_point}(operations):\n    return None\n```",
+    }
+    for problem, answer in answers.items():
+        handler.answers[humaneval.QUESTION.format(prompt=problem.prompt)] = [answer]
+    options = ServedOptions(questions=33, chat=True, limits=LIMITS)
+    record = evaluate_served(url, task="humaneval", options=options)
+    passed = {a.question for a in record.attempts if a.passed}
+    assert passed == {whole.task_id, helped.task_id, bare.task_id}
+    assert record.settings["chat"] == 1 and all("stop" not in body for body in handler.bodies)
 
 
 @pytest.mark.parametrize(

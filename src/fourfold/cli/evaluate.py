@@ -25,6 +25,7 @@ def evaluate(
     kv_cache: KVCacheOption = None,
     questions: options.Questions = None,
     samples: options.Samples = None,
+    chat: options.Chat = False,
     temperature: options.Temperature = None,
     max_tokens: options.AnswerTokens = None,
     seed: options.Seed = None,
@@ -48,7 +49,7 @@ def evaluate(
     check_json_path(json)
     reading = {"against": against, "text": text, "window_tokens": window_tokens, "layers": layers}
     reading |= {"max_tokens_per_text": max_tokens_per_text}
-    asking = {"questions": questions, "samples": samples, "temperature": temperature}
+    asking = {"questions": questions, "samples": samples, "temperature": temperature, "chat": chat}
     asking |= {"max_tokens": max_tokens, "seed": seed, "concurrency": concurrency}
     asking |= {"tokenizer": tokenizer, "include": include}
     server = {"model_name": model_name, "api_key_env": api_key_env}

@@ -52,6 +52,7 @@ Questions = Annotated[
     int | None, typer.Option(min=1, help="humaneval, lm-eval: only the first so many questions.")
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="humaneval: answers to each problem. [default: 1]")]
+Chat = Annotated[bool, typer.Option("--chat", help="humaneval: ask in a chat, for models trained to answer.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="humaneval: of sampling. [default: 0 for one answer, else 0.8]")
 ]

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible URL: its name, its card if it tells one, and completions from it."""
+"""A model behind an OpenAI-compatible URL: its name, its card if it tells one, and its answers."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,34 +36,29 @@ class Endpoint:
 
         ``fields`` are those of `POST /v1/completions`. Raises FourfoldError for any other refusal.
         """
-        body = {"model": self.model_name, "prompt": prompt} | fields
-        try:
-            response = self.client.post(f"{self.url}/v1/completions", json=body)
-            if response.status_code == 400 and any(w in response.text.lower() for w in CONTEXT_FULL):
-                return None
-            if response.is_error:
-                raise FourfoldError(
-                    f"{self.url}/v1/completions refused (HTTP {response.status_code}): {_said(response)}"
-                )
-            texts = {int(choice["index"]): str(choice["text"]) for choice in response.json()["choices"]}
-            return [texts[index] for index in range(fields.get("n", 1))]
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise FourfoldError(
-                f"{self.url} broke off or answered no completion ({type(error).__name__}: {error}). Look at "
-                "the server's log and run the same command again."
-            ) from error
+        choices = self._ask("/v1/completions", {"prompt": prompt} | fields)
+        return None if choices is None else [str(choice.get("text")) for choice in choices]
 
-    def complete_all(
+    def reply(self, question: str, **fields: Any) -> list[str] | None:
+        """The answers to ``question`` in a chat, as ``complete`` gives texts."""
+        messages = [{"role": "user", "content": question}]
+        choices = self._ask("/v1/chat/completions", {"messages": messages} | fields)
+        return (
+            None if choices is None else [str(choice["message"].get("content") or "") for choice in choices]
+        )
+
+    def ask_all(
         self,
+        ask: Callable[..., list[str] | None],
         prompts: Sequence[str],
         concurrency: int,
         done: Callable[[int], None],
         **fields: Any,
     ) -> list[list[str] | None]:
-        """``complete`` for every prompt, ``concurrency`` at a time; the first error ends it all."""
+        """``complete`` or ``reply`` for every prompt, ``concurrency`` at a time; the first error ends it."""
         results: list[list[str] | None] = []
         with ThreadPoolExecutor(concurrency) as pool:
-            futures = [pool.submit(self.complete, prompt, **fields) for prompt in prompts]
+            futures = [pool.submit(ask, prompt, **fields) for prompt in prompts]
             try:
                 for future in futures:
                     results.append(future.result())
@@ -72,6 +67,24 @@ class Endpoint:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return results
+
+    def _ask(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """The choices of an answer, in order; None when the model's context is too short."""
+        try:
+            response = self.client.post(self.url + path, json={"model": self.model_name} | body)
+            if response.status_code == 400 and any(w in response.text.lower() for w in CONTEXT_FULL):
+                return None
+            if response.is_error:
+                raise FourfoldError(
+                    f"{self.url}{path} refused (HTTP {response.status_code}): {_said(response)}"
+                )
+            choices = {int(choice["index"]): choice for choice in response.json()["choices"]}
+            return [choices[index] for index in range(body.get("n", 1))]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise FourfoldError(
+                f"{self.url} broke off or gave no answer ({type(error).__name__}: {error}). Look at the "
+                "server's log and run the same command again."
+            ) from error
 
     def _models(self) -> list[dict[str, Any]]:
         try:

