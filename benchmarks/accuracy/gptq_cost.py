@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_inputs(work: Path, options: argparse.Namespace) -> None:
-    """The random model in ``work/model``, with a tokenizer that the tools want beside it, and the token ids in ``work/tokens.pt``."""
+    """The random model in ``work/model``, a tokenizer because tools want one, and ``work/tokens.pt``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
