@@ -16,6 +16,7 @@ from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Entry, Model
+from fourfold.compress.passes import gptq
 from fourfold.compress.resolve import resolve
 from fourfold.core.quantization import Quantization
 
@@ -110,6 +111,19 @@ def test_gptq_rounds_every_expert_and_transformers_computes_with_the_result(mode
         (plain / "config.json").write_bytes((source / "config.json").read_bytes())
         errors[folder.name] = (logits(plain, TOKENS) - logits(source, TOKENS)).square().mean().item()
     assert 0 < errors["out"] < errors["nearest"]
+
+
+def test_matrices_of_many_experts_are_held_in_portions(models, tmp_path, monkeypatch):
+    """Within 64 KiB go four of [64, 64] in float32; every linear layer is rounded all the same."""
+    monkeypatch.setattr("fourfold.compress.passes.gptq.STATISTICS_BYTES", 64 * 1024)
+    _, work = work_on(models("qwen3_moe"), tmp_path)
+    options = gptq.Options()
+    parts = gptq.portions(work, list(work.schemes), options)
+    assert len(parts) > 2
+    assert [name for part in parts for name in part] == list(work.schemes)
+    assert all(sum(4 * work.linears[n].in_features ** 2 for n in part) <= 64 * 1024 for part in parts)
+    gptq.round_layer(work, options)
+    assert work.blocks.keys() == work.schemes.keys()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

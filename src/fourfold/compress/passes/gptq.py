@@ -28,6 +28,7 @@ from fourfold.core.quantization import LayerScheme
 from fourfold.core.records import Record
 from fourfold.formats import BlockFormat, BlockTensor, get_format
 
+STATISTICS_BYTES = 8 * 2**30
 COLUMNS_AT_ONCE = 128  # later columns are updated once per so many
 
 
@@ -53,10 +54,27 @@ class Statistics:
 def round_layer(work: LayerWork, options: Options) -> None:
     """Round every linear layer of the scheme. Raises FourfoldError that names a layer whose H is not finite."""
     shared = shared_inputs(work, list(work.schemes))
-    statistics = collect(work, list(shared), options)
-    for first, together in shared.items():
-        if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
-            round_together(work, together, statistics.pop(first), options)
+    for names in portions(work, list(shared), options):
+        statistics = collect(work, names, options)
+        for first in names:
+            if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
+                round_together(work, shared[first], statistics.pop(first), options)
+
+
+def portions(work: LayerWork, names: list[str], options: Options) -> list[list[str]]:
+    """``names`` in order, cut where their statistics would pass ``STATISTICS_BYTES`` together: the matrices
+    of 256 experts are larger than the experts.
+    """
+    found: list[list[str]] = [[]]
+    held = 0
+    for name in names:
+        size = 4 * work.linears[name].in_features ** 2 * (2 if options.asymmetric else 1)
+        if found[-1] and held + size > STATISTICS_BYTES:
+            found.append([])
+            held = 0
+        found[-1].append(name)
+        held += size
+    return found
 
 
 def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
