@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.convert import convert
 from fourfold.checkpoint.verify import verify
-from fourfold.compress import quantize
+from fourfold.compress import plan, quantize
 from fourfold.compress.calibrated.loop import LayerLoop
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.store import LayerStore
@@ -267,6 +267,11 @@ def test_a_module_outside_the_decoder_is_refused(loud, tmp_path):
     model.quantization.layers["mtp.layers.0.q_proj"] = scheme
     with pytest.raises(FourfoldError, match=r"mtp\.layers\.0\.q_proj is to be rotated"):
         LayerLoop(model, recipe, tokens(2), LayerStore(tmp_path), torch.device("cpu")).start()
+
+
+def test_a_dry_run_trains_nothing(loud, tmp_path):
+    dry = plan(loud, recipe_of(TRAINED, "rtn", activation="mxfp4"), calibration=tokens(), beside=tmp_path)
+    assert any("kl-rotation learns over the whole model" in note for note in dry.notes)
 
 
 def test_passes_are_known_by_their_names():

@@ -9,10 +9,13 @@ from fourfold.formats import BlockTensor, hadamard
 def rotation_of(
     scheme: LayerScheme, trained: torch.Tensor | BlockTensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """The matrix [32, 32] that a layer's input is multiplied by, or None."""
+    """The matrix [32, 32] that a layer's input is multiplied by, or None.
+
+    ``trained`` is None in a dry run, which trains nothing: the Hadamard matrix costs as much as any other.
+    """
     if scheme.input_transform is None:
         return None
-    if scheme.input_transform == "hadamard":
+    if scheme.input_transform == "hadamard" or trained is None:
         return hadamard().to(device)
-    assert isinstance(trained, torch.Tensor), "a trained rotation is stored with its layer"
+    assert isinstance(trained, torch.Tensor), "a rotation is not held in blocks"
     return trained.to(device, torch.float32)

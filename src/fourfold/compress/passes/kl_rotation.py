@@ -21,6 +21,8 @@ computed twice in each step to keep no more than their inputs. Readers must hold
 linear layer, and multiply by them.
 """
 
+from functools import partial
+
 import torch
 from pydantic import Field
 from torch.nn import functional as F
@@ -43,7 +45,7 @@ from fourfold.compress.pipeline import Pass
 from fourfold.compress.rotated import note_online, rotated_model, turn_weight
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
-from fourfold.formats import ROTATION_SIZE, hadamard
+from fourfold.formats import ROTATION_SIZE
 
 REPORT = "report"
 
@@ -74,8 +76,12 @@ def prepare(model: Model, options: Options) -> Model:
         if scheme.input_transform == "trained":
             name, shape = module + INPUT_ROTATION, (ROTATION_SIZE, ROTATION_SIZE)
             info = TensorInfo(name, shape, torch.float32, None, 4 * ROTATION_SIZE**2)
-            entries[name] = Entry(info, hadamard, info)
+            entries[name] = Entry(info, partial(_untrained, name), info)
     return model.with_entries(entries)
+
+
+def _untrained(name: str) -> torch.Tensor:
+    raise FourfoldError(f"{name} has not been trained yet. Run the recipe again with --resume.")
 
 
 def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
