@@ -45,24 +45,24 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     calibration = read_calibration(
         str(options.calibration),
-        load(options.model).tokenizer,
+        load(options.model, options.threads).tokenizer,
         options.samples,
         options.sequence_tokens,
         options.seed,
     )
     texts = read_texts(options.text)
-    base = perplexity(options.model, texts, options.tokens)
+    base = perplexity(options.model, texts, options)
     results: dict[str, dict[str, float]] = {}
     for injection in options.injections:
         source = inject(options.model, options.work / injection, injection, options.seed)
-        results[f"{injection}: bf16"] = {"bf16": perplexity(source, texts, options.tokens) / base}
+        results[f"{injection}: bf16"] = {"bf16": perplexity(source, texts, options) / base}
         for name in options.passes:
             row = results.setdefault(f"{injection}: {name}", {})
             for label in options.formats:
                 out = options.work / "out"
                 shutil.rmtree(out, ignore_errors=True)
                 make(source, out, PASSES[name], ACTIVATIONS[label], calibration)
-                row[label] = perplexity(out, texts, options.tokens) / base
+                row[label] = perplexity(out, texts, options) / base
                 print(f"{injection:10} {name:32} {label:6} {row[label]:.4f}", flush=True)
     print_table(results, base, ["bf16", *options.formats])
     (options.work / "outliers.json").write_text(json.dumps(results, indent=1))
@@ -79,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-tokens", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens judged in each text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None, help="of the engine and of torch")
     parser.add_argument("--passes", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument("--formats", nargs="+", choices=list(ACTIVATIONS), default=list(ACTIVATIONS))
     parser.add_argument("--injections", nargs="+", choices=INJECTIONS, default=list(INJECTIONS))
@@ -128,14 +129,15 @@ def make(
     quantize(source, out, recipe, calibration=calibration)
 
 
-def load(folder: Path) -> Engine:
+def load(folder: Path, threads: int | None) -> Engine:
     """An engine that only gives logits."""
-    return Engine.load(folder, EngineConfig(kv_block_size=16, kv_cache_tokens=16))
+    return Engine.load(folder, EngineConfig(kv_block_size=16, kv_cache_tokens=16, threads=threads))
 
 
-def perplexity(folder: Path, texts: dict[str, str], tokens: int) -> float:
+def perplexity(folder: Path, texts: dict[str, str], options: argparse.Namespace) -> float:
     """Of ``folder``, on all texts together."""
-    return evaluate(load(folder), None, texts, max_tokens_per_text=tokens).overall.perplexity.value
+    engine = load(folder, options.threads)
+    return evaluate(engine, None, texts, max_tokens_per_text=options.tokens).overall.perplexity.value
 
 
 def print_table(results: dict[str, dict[str, float]], base: float, formats: list[str]) -> None:
