@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     import torch
 
     from fourfold.compress import Recipe
+    from fourfold.compress.calibrated.run import Spread
     from fourfold.compress.calibration import Calibration
     from fourfold.engine import Engine
 
@@ -31,6 +32,15 @@ def choose_device(name: str | None, recipe: "Recipe") -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: torch {torch.__version__} sees no GPU here. Use --device cpu.")
     return name
+
+
+def spread_for(workers: int | None, model: str, recipe: "Recipe", device: str) -> "Spread | None":
+    """How layers are shared among ``workers``, if any. Raises UsageError where they cannot be."""
+    if workers is None:
+        return None
+    from fourfold.cluster import spread_over
+
+    return spread_over(workers, model, recipe, device)
 
 
 def gpu_name(device: str) -> str | None:

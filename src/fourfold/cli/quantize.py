@@ -36,6 +36,12 @@ def quantize(
         str | None,
         typer.Option(metavar="cpu|cuda", help="Where layers are calibrated. [default: cuda if there is one]"),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Share the layers among so many Ray actors; for recipes with `inputs: original`."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be done and what it costs; write nothing.")
     ] = False,
@@ -50,7 +56,9 @@ def quantize(
     from fourfold.cli.plan_table import show_plan
 
     check_json_path(json)
-    job = Job(source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, resume)
+    job = Job(
+        source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, workers, resume
+    )
     if dry_run:
         record = predict(job)
         show_plan(record)
@@ -73,6 +81,7 @@ class Job:
     sequence_tokens: int
     seed: int
     device: str | None
+    workers: int | None
     resume: bool
 
 
@@ -101,7 +110,7 @@ def run(job: Job) -> "QuantizationRecord":
     """Quantize under a progress display, timed."""
     import time
 
-    from fourfold.cli.calibration import calibration_for, choose_device
+    from fourfold.cli.calibration import calibration_for, choose_device, spread_for
     from fourfold.cli.stages import stages
     from fourfold.compress import load_recipe
     from fourfold.compress import quantize as write_checkpoint
@@ -112,6 +121,7 @@ def run(job: Job) -> "QuantizationRecord":
     calibration = calibration_for(
         recipe, job.source, job.calibration, job.samples, job.sequence_tokens, job.seed, device
     )
+    spread = spread_for(job.workers, job.source, recipe, device)
     with stages() as display:
         manifest = write_checkpoint(
             job.source,
@@ -124,6 +134,7 @@ def run(job: Job) -> "QuantizationRecord":
             device=device,
             layer_progress=display.layers,
             writing_progress=display.sequences,
+            spread=spread,
         )
     return record_of(job, manifest, device, time.perf_counter() - begin)
 

@@ -85,7 +85,7 @@ def read_dataset(name: str) -> Iterator[Document]:
     Raises FourfoldError when the library is not there, or the dataset cannot be had.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
         from huggingface_hub.constants import HF_HUB_OFFLINE
     except ImportError:
         raise FourfoldError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
 from fourfold.core.errors import UsageError
 from fourfold.core.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fourfold.compress.calibrated.run import Spread
 
 DEFAULT_DIALECT = "compressed-tensors"
 
@@ -38,12 +42,14 @@ def quantize(
     device: str = "cpu",
     layer_progress: Callable[[int, int, str], None] | None = None,
     writing_progress: Callable[[int, int], None] | None = None,
+    spread: "Spread | None" = None,
 ) -> Manifest:
     """Make the checkpoint ``out`` from ``source`` (a folder, a GGUF file, a hub name) by ``recipe``.
 
     A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``;
     ``layer_progress(done, layers, name)`` is told of each, and ``writing_progress(done, samples)`` of the
-    calibration sequences that the model writes itself. Returns the manifest that was written. Raises
+    calibration sequences that the model writes itself. ``spread`` shares the layers among workers, where the
+    recipe's ``inputs`` are ``original``. Returns the manifest that was written. Raises
     UsageError for a call or recipe that makes no sense and for an existing ``out``, FourfoldError for a
     source that cannot be read or rounded; both before anything is written, save for NaN and Inf weights,
     which are found when they are read.
@@ -78,7 +84,15 @@ def quantize(
     from fourfold.compress.calibrated.run import finish_layers
 
     done = finish_layers(
-        writer, prepared, model, recipe, calibration, torch.device(device), layer_progress, writing_progress
+        writer,
+        prepared,
+        model,
+        recipe,
+        calibration,
+        torch.device(device),
+        layer_progress,
+        writing_progress,
+        spread,
     )
     write_shards(writer, done.model, progress)
     notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))

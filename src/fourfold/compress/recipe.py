@@ -61,6 +61,11 @@ class Recipe(Record):
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     kv_cache: KVCacheFormat | None = None
+    inputs: Literal["quantized", "original"] = Field(
+        "quantized",
+        description="what calibrated passes see: the outputs of the quantized layers before, whose errors "
+        "they can make up for; or those of the original ones, so that several workers can share the layers",
+    )
     passes: list[str | dict[str, dict[str, Any]]] = Field(
         [], description="names, or a name with its options: `gptq: {damping: 0.05}`"
     )

@@ -4,11 +4,14 @@ At any time one layer is in memory, and the hidden states between two layers: to
 twice when a pass compares with the original model. What a finished layer hands on is computed from the very
 values that were made durable, so that a run which is resumed gives the same bytes as one that was not. When
 memory ends inside a layer, that layer is begun again with batches of half the size.
+
+Where the recipe says ``inputs: original``, each layer gets what the original model's layers before it give;
+then layers do not wait for each other, and others may make them (``make`` with ``original_states``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +36,8 @@ from fourfold.formats import get_format
 LayerProgress = Callable[[int, int, str], None]
 """Called as ``progress(done, layers, what)``."""
 
+Result = TypeVar("Result")
+
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 
 
@@ -50,7 +55,8 @@ class LayerLoop:
         self.model, self.recipe, self.calibration, self.store = model, recipe, calibration, store
         self.skeleton = Skeleton(model, device)
         self.passes = [(get_pass(use.name), options_of(use, recipe.name)) for use in recipe.uses]
-        self.needs_base = any(p.needs_base for p, _ in self.passes)
+        self.original = recipe.inputs == "original"
+        self.needs_base = self.original or any(p.needs_base for p, _ in self.passes)
         self.notes = self._left_out()
         self.experts: list[ExpertTokens] = []
         self._learned: dict[str, dict[str, torch.Tensor]] = {}
@@ -77,12 +83,16 @@ class LayerLoop:
         self.notes += summarise(self.experts)
         return made
 
-    @torch.no_grad()
-    def start(self) -> None:
-        """Learn what passes learn over the whole model, and compute the first layer's inputs."""
+    def learn(self) -> None:
+        """Learn what passes learn over the whole model, or take it from the store."""
         for chosen, options in self.passes:
             if chosen.learn is not None:
                 self._learned[chosen.name] = self._learn(chosen, options)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Learn what passes learn over the whole model, and compute the first layer's inputs."""
+        self.learn()
         batches = self.calibration.batches(TOKENS_PER_BATCH[self.skeleton.device.type])
         inputs, self._calls = self.skeleton.enter(batches)
         self._inputs = [hidden.to(HIDDEN_DTYPE) for hidden in inputs]
@@ -98,9 +108,27 @@ class LayerLoop:
 
         Raises FourfoldError when memory does not suffice for a single sequence.
         """
+        return self._in_memory(self._step, index)
+
+    def make(self, index: int, states: list[torch.Tensor]) -> None:
+        """Finish layer ``index``, which the original model's ``states`` reach, and go no further."""
+        self._receive(states, list(states))
+        self._in_memory(self._make, index)
+
+    @torch.no_grad()
+    def original_states(self, last: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """What reaches each layer up to ``last`` in the original model, [B, T, H] each."""
+        self.start()
+        for index in range(last + 1):
+            yield index, self._inputs
+            if index < last:
+                self._in_memory(self._pass_on, index)
+
+    def _in_memory(self, do: "Callable[[int], Result]", index: int) -> "Result":
+        """``do(index)``, in smaller batches as long as memory does not suffice."""
         while True:
             try:
-                return self._step(index)
+                return do(index)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -109,15 +137,29 @@ class LayerLoop:
             release(self.skeleton.device)
             self._halve_batches(f"Layer {self.skeleton.prefix(index)}", reason)
 
+    def _make(self, index: int) -> FinishedLayer:
+        return self._finish(self.begin(index))
+
+    def _pass_on(self, index: int) -> None:
+        self._inputs = self.begin(index).outputs(self._inputs)
+        self._base_inputs = list(self._inputs)
+
+    def _finish(self, work: LayerWork) -> FinishedLayer:
+        finished = self.store.find(key_of(work.index))
+        if finished is None:
+            self.run_passes(work)
+            values = self.values(work)
+            finished = self.store.save(key_of(work.index), values, work.notes, work.expert_tokens)
+        return finished
+
     def _step(self, index: int) -> FinishedLayer:
         work = self.begin(index)
         is_last = index + 1 == len(self.skeleton)
         base_outputs = None if work.base_inputs is None or is_last else work.outputs(work.base_inputs)
-        finished = self.store.find(key_of(index))
-        if finished is None:
-            self.run_passes(work)
-            finished = self.store.save(key_of(index), self.values(work), work.notes, work.expert_tokens)
-        if not is_last:
+        finished = self._finish(work)
+        if self.original and base_outputs is not None:
+            self._inputs, self._base_inputs = base_outputs, list(base_outputs)
+        elif not is_last:
             self.restore(work, self.store.load_all(key_of(index), finished))
             self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
         return finished
@@ -127,11 +169,17 @@ class LayerLoop:
         if size == 1:
             raise no_room(what, self.skeleton.device, reason)
         half = (size + 1) // 2
-        self._inputs = [part for hidden in self._inputs for part in hidden.split(half)]
-        if self._base_inputs is not None:
-            self._base_inputs = [part for hidden in self._base_inputs for part in hidden.split(half)]
-        sizes = sorted({len(hidden) for hidden in self._inputs})
-        _, self._calls = self.skeleton.enter(self.calibration.token_ids[:count] for count in sizes)
+
+        def split(states: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [part for hidden in states for part in hidden.split(half)]
+
+        self._receive(split(self._inputs), None if self._base_inputs is None else split(self._base_inputs))
+
+    def _receive(self, inputs: list[torch.Tensor], base_inputs: list[torch.Tensor] | None) -> None:
+        self._inputs, self._base_inputs = inputs, base_inputs
+        sizes = sorted({len(hidden) for hidden in inputs})
+        if not set(sizes) <= self._calls.keys():
+            _, self._calls = self.skeleton.enter(self.calibration.token_ids[:count] for count in sizes)
 
     def begin(self, index: int) -> LayerWork:
         """Layer ``index`` with its original weights. Raises FourfoldError naming one that is not finite."""

@@ -19,6 +19,9 @@ TOKENS = "token_ids"
 WritingProgress = Callable[[int, int], None]
 """Called as ``progress(done, samples)``."""
 
+Spread = Callable[[LayerLoop, LayerProgress | None], None]
+"""Finishes the layers of a loop in other processes, into its store."""
+
 
 class Finished(NamedTuple):
     """What a calibrated run leaves for the shards and the manifest, and how to take its store away."""
@@ -38,17 +41,20 @@ def finish_layers(
     device: torch.device,
     layer_progress: LayerProgress | None = None,
     writing_progress: WritingProgress | None = None,
+    spread: Spread | None = None,
 ) -> Finished:
     """``rounded`` with the tensors of ``recipe``'s passes over ``prepared`` in the place of its own.
 
     Layers that an interrupted run finished are taken from ``writer.work``; a run that had come as far as its
-    manifest needs none of them any more.
+    manifest needs none of them any more. ``spread`` may finish layers elsewhere first.
     """
     store = LayerStore(writer.work)
     if (manifest := writer.interrupted_manifest()) is not None:
         return Finished(rounded, manifest.card.notes, manifest.calibration, store.remove)
     tokens = settle(calibration, store, writing_progress)
     loop = LayerLoop(prepared, recipe, tokens, store, device)
+    if spread is not None:
+        spread(loop, layer_progress)
     made = loop.run(layer_progress)
     entries = {name: replace(rounded.entries[name], load=load) for name, load in made.items()}
     record = tokens.record() | loop.expert_record()

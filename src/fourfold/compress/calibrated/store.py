@@ -95,6 +95,12 @@ class LayerStore:
         header = read_header(self._paths(key)[0])
         return {name: self._load(header, name, held) for name, held in finished.tensors.items()}
 
+    def discard(self, key: str) -> None:
+        """Take the part ``key`` away."""
+        for path in self._paths(key):
+            with writing(path):
+                path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Take the store away, once the shards hold everything."""
         with writing(self.folder):
