@@ -25,7 +25,7 @@ from pathlib import Path
 NOBODY = 65534
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 1, 2, 4, 0x4000, 0x40000
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = -100, 0x8000, 1
 SYS_MOUNT_SETATTR = 442  # on every architecture
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
@@ -128,7 +128,8 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
 
 
 def read_only_files(libc: ctypes.CDLL, disk_bytes: int) -> bool:
-    """Everything mounted becomes read-only; the working folder becomes a small memory disk."""
+    """Everything mounted becomes read-only; the working folder becomes a small memory disk, /proc an empty
+    one, since it tells of other processes of the same user, their environment included."""
     here = str(Path.cwd()).encode()
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     options = f"size={disk_bytes},nr_inodes=1000,mode=0700".encode()
@@ -136,6 +137,7 @@ def read_only_files(libc: ctypes.CDLL, disk_bytes: int) -> bool:
         libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
         and libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, 32) == 0
         and libc.mount(b"tmpfs", here, b"tmpfs", MS_NOSUID | MS_NODEV, options) == 0
+        and libc.mount(b"tmpfs", b"/proc", b"tmpfs", MS_RDONLY, b"size=4096,nr_inodes=2") == 0
     )
     os.chdir(here)
     return done

@@ -30,6 +30,13 @@ from fourfold.core.records import Record
 
 GUARD = Path(__file__).with_name("guard.py")
 LONGEST_REPORT = 64 << 10
+WALLS = (
+    "no network",
+    "no other processes in sight",
+    "files read-only outside its own folder",
+    "no new processes",
+)
+"""What the guard can have of a kernel that grants it; "user nobody" comes to these when root starts it."""
 
 
 class Limits(Record):
@@ -109,6 +116,13 @@ def _verdict(report: bytes, token: str, code: int | None) -> Verdict:
         passed = passed or (said.get("token") == token and code is not None)
         reason = str(said.get("error", reason))[:300] if code is not None else reason
     return Verdict(passed=passed, reason="passed" if passed else reason, isolation=isolation)
+
+
+def describe(isolation: list[str]) -> str:
+    """One sentence on the walls that were had, and on those that were not."""
+    said = f"Sandbox: {', '.join(['own process, limits', *isolation])}."
+    missing = [wall for wall in WALLS if wall not in isolation]
+    return said + (f" Not granted on this machine: {', '.join(missing)}." if missing else "")
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ from fourfold.core.machine import usable_cores
 from fourfold.core.records import Attempt, Estimate, Score
 from fourfold.evaluate.endpoint import Endpoint
 from fourfold.evaluate.intervals import Mean, mean_per_token, share
-from fourfold.evaluate.sandbox import Limits, Verdict, probe, run_program
+from fourfold.evaluate.sandbox import Limits, Verdict, describe, probe, run_program
 from fourfold.evaluate.served import ServedOptions
 from fourfold.evaluate.task import Answered, Progress, ServedTask
 
@@ -129,7 +129,7 @@ def ask(endpoint: Endpoint, argument: str, options: ServedOptions, progress: Pro
     attempts += [
         too_long(p, i) for p, texts in zip(problems, answers, strict=True) if texts is None for i in range(n)
     ]
-    notes = [f"Sandbox: {', '.join(['own process, limits', *isolation])}."]
+    notes = [describe(isolation)]
     said = settings | {"samples": n, "questions": len(problems), "chat": int(options.chat)}
     return Answered(scores(problems, attempts, n), attempts, said, notes)
 
