@@ -139,6 +139,8 @@ def test_other_processes_are_not_in_sight():
     needs("sight")
     assert "ProcessLookupError" in ended(f"import os\nos.kill({os.getpid()}, 0)").reason
     assert "ProcessLookupError" in ended("import os\nos.kill(-1, 9)").reason
+    needs("files")
+    assert ended("import os\nassert os.listdir('/proc') == []").passed
 
 
 def test_nothing_of_the_callers_environment_is_inside(monkeypatch):
@@ -156,6 +158,10 @@ def test_limits_cannot_be_raised_again():
         or "files read-only outside its own folder" in verdict.isolation
     ):
         assert "ValueError" in verdict.reason
+
+
+def test_a_guard_that_has_no_time_to_start_gets_some():
+    assert ended("x = 1", Limits(wall_s=0.001)).passed
 
 
 def test_a_python_that_cannot_start_is_one_error(monkeypatch):
