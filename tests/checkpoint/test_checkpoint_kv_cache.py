@@ -9,10 +9,11 @@ from checkpoint_helpers import projections, quantize_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model
 
-from fourfold.checkpoint import open_checkpoint
-from fourfold.checkpoint.convert import convert
+from fourfold.checkpoint import CheckpointWriter, open_checkpoint
+from fourfold.checkpoint.convert import convert, copy_shards
 from fourfold.checkpoint.verify import verify
 from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.core.quantization import Quantization
 
 MODULES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "kv"]
 
@@ -123,6 +124,27 @@ def test_what_a_dialect_cannot_say_is_refused(tiny_llama, tmp_path, dialect, for
     with pytest.raises(UsageError, match=f"{dialect} cannot say that the KV cache is {form}.*{remedy}"):
         quantize_folder(tiny_llama, tmp_path / "out", dialect, scheme, kv_cache=form)
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_may_follow_the_plan(tiny_llama, tmp_path):
+    """A calibrated run knows them after its layers, which lie in the folder that the writer makes."""
+    source = open_checkpoint(tiny_llama)
+    infos = [source.info(name) for name in source.names()]
+    scheme = Quantization(kv_cache="fp8-head")
+    writer = CheckpointWriter(
+        *(tmp_path / "out", "compressed-tensors", source.config, scheme, infos),
+        fingerprint={},
+        kv_scales_follow=True,
+    )
+    with pytest.raises(AssertionError), writer.shard(0):
+        pass
+    with pytest.raises(UsageError, match="--calibration"):
+        writer.hold_kv_scales({})
+    writer.hold_kv_scales(head_scales())
+    copy_shards(source, writer)
+    writer.finish(source=str(tiny_llama))
+    found = open_checkpoint(tmp_path / "out").kv_scales
+    assert all(torch.equal(found[module], scale) for module, scale in head_scales().items())
 
 
 def test_scales_per_head_are_not_converted_to_quark(tiny_llama, tmp_path):

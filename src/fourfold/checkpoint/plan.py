@@ -34,7 +34,7 @@ class Shard:
 class CheckpointPlan:
     """What will be stored and where: everything that follows from names, shapes, formats and the dialect.
 
-    ``kv_scales`` holds what is stored beside each cached projection (``unit_scales`` if only shapes count).
+    ``kv_scales`` holds what is stored beside each cached projection; ``hold_kv_scales`` may replace it.
     """
 
     def __init__(
@@ -47,10 +47,15 @@ class CheckpointPlan:
     ):
         self.dialect, self.tensors = dialect, tensors
         self.stored = {info.name: dialect.plan(info) for info in tensors}
-        self.beside = _plan_beside(dialect, quantization, kv_scales)
+        self.quantization = quantization
+        self.hold_kv_scales(kv_scales)
         self.config = dialect.quantization_config(quantization, kept_linears(tensors))
         self.shards = self._split(max_shard_bytes)
         self._check_names()
+
+    def hold_kv_scales(self, kv_scales: Mapping[str, torch.Tensor]) -> None:
+        """Store these numbers beside the cached projections."""
+        self.beside = _plan_beside(self.dialect, self.quantization, kv_scales)
 
     @property
     def written_dialect(self) -> str:

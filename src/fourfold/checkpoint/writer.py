@@ -22,7 +22,7 @@ from fourfold.checkpoint.dialect import get_writable
 from fourfold.checkpoint.digests import DIGESTS_NAME, TensorDigests, differing, digest
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
 from fourfold.checkpoint.journal import Journal
-from fourfold.checkpoint.kv_scales import calibrated_scales
+from fourfold.checkpoint.kv_scales import calibrated_scales, unit_scales
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
 from fourfold.checkpoint.sources import open_folder
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
@@ -66,9 +66,10 @@ class CheckpointWriter:
 
     ``tensors`` plans every logical tensor in order. ``fingerprint`` says what the numbers depend on (source,
     recipe, …); a resumed run must bring the same. ``kv_scales`` maps k_proj and v_proj to calibrated FP8
-    scales, [1] or [key heads]; ``fp8`` stores 1.0 where it says nothing. Raises UsageError for an existing
-    ``out``, an interrupted run without ``resume``, a fingerprint that differs, or a format the dialect cannot
-    express.
+    scales, [1] or [key heads]; ``fp8`` stores 1.0 where it says nothing. With ``kv_scales_follow`` they are
+    not known yet, and ``hold_kv_scales`` brings them before the first shard. Raises UsageError for an
+    existing ``out``, an interrupted run without ``resume``, a fingerprint that differs, or a format the dialect
+    cannot express.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class CheckpointWriter:
         resume: bool = False,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         kv_scales: Mapping[str, torch.Tensor] | None = None,
+        kv_scales_follow: bool = False,
     ):
         refuse_existing(out)
         self.out, self.work = out, partial_folder(out)
@@ -90,14 +92,23 @@ class CheckpointWriter:
         chosen = get_writable(dialect)
         if quantization.kv_cache is not None:
             chosen.check_kv_cache(quantization.kv_cache)
-        scales = calibrated_scales(quantization.kv_cache, tensors, config, kv_scales or {})
+        self._awaits_kv_scales = kv_scales_follow
+        scales = unit_scales(quantization.kv_cache, tensors, config)
         self.plan = CheckpointPlan(chosen, quantization, tensors, max_shard_bytes, scales)
+        if not kv_scales_follow:
+            self.hold_kv_scales(kv_scales or {})
         self.fingerprint = fingerprint | {
             "dialect": dialect,
             "layout": self.plan.digest(),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         }
         self._journal = Journal(self.work, self.fingerprint, resume)
+
+    def hold_kv_scales(self, kv_scales: Mapping[str, torch.Tensor]) -> None:
+        """Store these scales. Raises UsageError when ``fp8-head`` lacks one, FourfoldError for a bad one."""
+        form = self.quantization.kv_cache
+        self.plan.hold_kv_scales(calibrated_scales(form, self.plan.tensors, self.config, kv_scales))
+        self._awaits_kv_scales = False
 
     @property
     def shards(self) -> list[Shard]:
@@ -116,6 +127,7 @@ class CheckpointWriter:
         The shard counts as written when the block ends without an exception. Raises FourfoldError when the
         disk is full, or a tensor is missing or not as planned; finished shards stay.
         """
+        assert not self._awaits_kv_scales, "hold_kv_scales comes before the first shard"
         shard = self.shards[index]
         planned = [stored for info in shard.tensors for stored in self.plan.planned(info)]
         path = self.work / shard.file
