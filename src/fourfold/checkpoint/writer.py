@@ -68,8 +68,8 @@ class CheckpointWriter:
     recipe, …); a resumed run must bring the same. ``kv_scales`` maps k_proj and v_proj to calibrated FP8
     scales, [1] or [key heads]; ``fp8`` stores 1.0 where it says nothing. With ``kv_scales_follow`` they are
     not known yet, and ``hold_kv_scales`` brings them before the first shard. Raises UsageError for an
-    existing ``out``, an interrupted run without ``resume``, a fingerprint that differs, or a format the dialect
-    cannot express.
+    existing ``out``, an interrupted run without ``resume``, a fingerprint that differs, or a format that the
+    dialect cannot express.
     """
 
     def __init__(
