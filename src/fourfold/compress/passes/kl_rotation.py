@@ -60,9 +60,9 @@ class Options(Record):
     steps: int = Field(200, ge=1)
     sequences: int = Field(8, ge=1)
     micro: int = Field(2, ge=1)
-    rotation_lr: float = Field(2e-3, gt=0)
+    rotation_lr: float = Field(5e-3, gt=0)
     smoothing: bool = True
-    smoothing_lr: float = Field(5e-3, gt=0)
+    smoothing_lr: float = Field(1e-2, gt=0)
     holdout: float = Field(0.1, ge=0, lt=1)
     checks: int = Field(5, ge=1)
     seed: int = 0
