@@ -177,7 +177,7 @@ def test_a_python_that_cannot_start_is_one_error(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 def test_what_was_had_is_said():
     isolation = probe().isolation
-    assert set(isolation) <= {*WALLS, "user nobody"}
+    assert set(isolation) <= {"own process", "limits", *WALLS, "user nobody"}
     assert describe([*WALLS]).endswith("no new processes.")
     assert describe(["no network"]).count("no network") == 1
     assert "Not granted on this machine: no other processes in sight" in describe(["no network"])

@@ -44,7 +44,7 @@ def main() -> None:
     job_file, report = int(sys.argv[1]), int(sys.argv[2])
     with os.fdopen(job_file) as file:
         job = json.load(file)
-    walls = isolate(job["limits"]["disk_bytes"])
+    walls = ["own process", "limits", *isolate(job["limits"]["disk_bytes"])]
     limit(job["limits"])
     if sys.platform == "linux":
         forbid_processes()

@@ -58,7 +58,7 @@ class Verdict(Record):
 
     passed: bool
     reason: str = Field(description="'passed', 'timed out', an exception's name and text, or how it died")
-    isolation: list[str] = Field(description="the walls that this machine's kernel granted")
+    isolation: list[str] = Field(description="the walls that were had; empty when the guard never started")
 
 
 def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> Verdict:
@@ -132,7 +132,7 @@ def _verdict(report: bytes, token: str, code: int | None) -> Verdict:
 
 def describe(isolation: list[str]) -> str:
     """One sentence on the walls that were had, and on those that were not."""
-    said = f"Sandbox: {', '.join(['own process, limits', *isolation])}."
+    said = f"Sandbox: {', '.join(isolation)}."
     missing = [wall for wall in WALLS if wall not in isolation]
     return said + (f" Not granted on this machine: {', '.join(missing)}." if missing else "")
 
