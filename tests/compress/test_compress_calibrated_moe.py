@@ -280,6 +280,24 @@ def test_an_expert_that_nothing_can_be_shown_to_is_rounded_near_its_weights(
     assert (weight - original).norm() < 0.15 * original.norm()
 
 
+def test_smoothing_reaches_experts_that_stay_together(models, tmp_path):
+    """A shared expert is rounded, so the norm before it is divided, and the others must be multiplied."""
+    from compress_models import fuse_as_transformers
+
+    source = fuse_as_transformers(models("qwen3_next"), tmp_path / "fused")
+    errors = {}
+    for passes in (["gptq"], ["smoothquant", "gptq"]):
+        out, plain = tmp_path / passes[0], tmp_path / f"{passes[0]}-plain"
+        quantize(source, out, recipe(*passes, keep=["*.experts*"]), calibration=CALIBRATION)
+        plain.mkdir()
+        save_file(dequantized(out), plain / "model.safetensors", {"format": "pt"})
+        (plain / "config.json").write_bytes((source / "config.json").read_bytes())
+        errors[passes[0]] = (logits(plain, TOKENS) - logits(source, TOKENS)).square().mean().item()
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert not torch.equal(dequantized(tmp_path / "smoothquant")[name], read_all(source)[name])
+    assert errors["smoothquant"] < 1.5 * errors["gptq"]
+
+
 def test_a_large_model_costs_nothing_before_a_layer_is_asked_for():
     """The shapes of Qwen3-235B-A22B: 94 layers of 128 experts."""
     import resource
