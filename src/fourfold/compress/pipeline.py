@@ -39,8 +39,8 @@ class NoOptions(Record):
 class Pass:
     """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
 
-    ``needs_base``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a recipe may
-    say. ``only_after`` are the passes that may come before it; None: any.
+    ``needs_base(options)``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a
+    recipe may say. ``only_after`` are the passes that may come before it; None: any.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Pass:
     learn: "Callable[[Skeleton, CalibrationSet, Any], dict[str, torch.Tensor]] | None" = None
     layer: "Callable[[LayerWork, Any], None] | None" = None
     options: type[Record] = NoOptions
-    needs_base: bool = False
+    needs_base: Callable[[Any], bool] = lambda options: False
     only_after: tuple[str, ...] | None = None
 
     @property

@@ -56,7 +56,7 @@ class LayerLoop:
         self.skeleton = Skeleton(model, device)
         self.passes = [(get_pass(use.name), options_of(use, recipe.name)) for use in recipe.uses]
         self.original = recipe.inputs == "original"
-        self.needs_base = self.original or any(p.needs_base for p, _ in self.passes)
+        self.needs_base = self.original or any(p.needs_base(options) for p, options in self.passes)
         self.notes = self._left_out()
         self.experts: list[ExpertTokens] = []
         self._learned: dict[str, dict[str, torch.Tensor]] = {}

@@ -32,7 +32,7 @@ CHECK_BATCHES = 8
 
 
 class Options(Record):
-    """``lr`` is the first step's size in rounding steps (default 1 / steps, half of it from ``gptq``);
+    """``lr`` is the first step's size in rounding steps (default 1 / steps, a fifth of it from ``gptq``);
     ``scale_lr`` that of the scales' base-2 logarithm, by default the same; 0 leaves the scales as
     they start. ``reach`` bounds the offset: half a step from ``rtn``, where it only chooses up or
     down, and 4 from ``gptq``, by default.
@@ -106,7 +106,7 @@ def learn(
     work: LayerWork, learned: dict[str, LearnedRounding], targets: list[torch.Tensor], options: Options
 ) -> tuple[dict[str, BlockTensor], float, float]:
     """The best blocks that were seen, with the losses of the start and of the best."""
-    lr = options.lr or (1.0 if options.start == "rtn" else 0.5) / options.steps
+    lr = options.lr or (1.0 if options.start == "rtn" else 0.2) / options.steps
     scale_lr = lr if options.scale_lr is None else options.scale_lr
     order = batch_order(len(work.inputs), options.steps, options.seed + work.index)
     best, first, least = {}, float("nan"), float("inf")
@@ -172,4 +172,4 @@ def batch_order(batches: int, steps: int, seed: int) -> list[int]:
     return order[:steps]
 
 
-PASS = Pass("autoround", "round", layer=round_layer, options=Options, needs_base=True)
+PASS = Pass("autoround", "round", layer=round_layer, options=Options, needs_base=lambda options: True)

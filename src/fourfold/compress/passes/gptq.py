@@ -2,16 +2,17 @@
 
 With inputs X [n, in] as the served model multiplies them, H = X^T X / n + damping, and U the upper Cholesky
 factor of H^-1, rounding column j with the error e_j = (w_j - q_j) / U_jj changes each later column k by
--e_j U_jk (Frantar et al., arXiv:2210.17323). ``asymmetric`` also makes up for what the rounding of earlier
-layers changed in the inputs: with X0 the same tokens' inputs in the original model, column k further changes by
-w_j P_jk, where P = triu((X0 - X)^T X U^T / n, 1) U / 4, as in GPTAQ (Li et al., arXiv:2504.02692).
+-e_j U_jk (Frantar et al., arXiv:2210.17323). With ``asymmetry`` a > 0 it also makes up for what the rounding
+of earlier layers changed in the inputs: with X0 the same tokens' inputs in the original model, column k further
+changes by w_j P_jk, where P = a triu((X0 - X)^T X U^T / n, 1) U, as in GPTAQ (Li et al., arXiv:2504.02692),
+whose a is 1/4.
 
 Block formats share a scale among neighbouring columns. A block's scale is taken when its first column is
 reached, from the weights as they then are. ``order: activation`` works through whole blocks, those with the
 largest inputs first, so that blocks stay as they are stored and no reader needs to know of the order.
 
-Price: two more runs of the layer (four with ``asymmetric``), and per distinct input two [in, in] matrices and a
-Cholesky factor; linear layers that share an input share them.
+Price: one more run of the layer (three with ``asymmetry``), and per distinct input one or two [in, in]
+matrices and a Cholesky factor; linear layers that share an input share them.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +38,6 @@ class Options(Record):
 
     damping: float = Field(0.01, gt=0, le=1)
     order: Literal["natural", "activation"] = "activation"
-    asymmetric: bool = False
     asymmetry: float = Field(0.25, ge=0, le=1)
     search: bool = True
 
@@ -52,7 +52,7 @@ class Statistics:
 
 
 def round_layer(work: LayerWork, options: Options) -> None:
-    """Round every linear layer of the scheme. Raises FourfoldError that names a layer whose H is not finite."""
+    """Round every linear layer of the scheme. Raises FourfoldError that names one whose H is not finite."""
     shared = shared_inputs(work, list(work.schemes))
     for names in portions(work, list(shared), options):
         statistics = collect(work, names, options)
@@ -68,7 +68,7 @@ def portions(work: LayerWork, names: list[str], options: Options) -> list[list[s
     found: list[list[str]] = [[]]
     held = 0
     for name in names:
-        size = 4 * work.linears[name].in_features ** 2 * (2 if options.asymmetric else 1)
+        size = 4 * work.linears[name].in_features ** 2 * (2 if options.asymmetry else 1)
         if found[-1] and held + size > STATISTICS_BYTES:
             found.append([])
             held = 0
@@ -108,9 +108,11 @@ def collect(work: LayerWork, names: list[str], options: Options) -> dict[str, St
     found: dict[str, Statistics] = {}
     for batch, hidden in enumerate(work.inputs):
         base: dict[str, torch.Tensor] = {}
-        if options.asymmetric:
+        if options.asymmetry:
             assert work.base_inputs is not None
-            work.observe(names, base.__setitem__, [work.base_inputs[batch]])
+            # the two models send a token to different experts, so that their inputs cannot be paired
+            paired = [name for name in names if ".experts." not in name]
+            work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
 
         def see(name: str, x: torch.Tensor, base: dict[str, torch.Tensor] = base) -> None:
             served = work.linears[name].as_served(x).float()
@@ -230,7 +232,7 @@ class Grid:
 def sweep(
     w: torch.Tensor, factor: torch.Tensor, pull: torch.Tensor | None, size: int, grid: Grid
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Round ``w`` [in, out] row by row (columns of the weight); returns its values and each block's scales."""
+    """Round ``w`` [in, out] row by row, which are the weight's columns: its values, and each block's scales."""
     scales: list[torch.Tensor] = []
     multiplier = w[0]
     pivots = factor.diagonal()
@@ -279,4 +281,4 @@ def inverse_factor(name: str, hessian: torch.Tensor, damping: float) -> torch.Te
     raise FourfoldError(f"The Hessian of {name} is not positive definite.")
 
 
-PASS = Pass("gptq", "round", layer=round_layer, options=Options, needs_base=True)
+PASS = Pass("gptq", "round", layer=round_layer, options=Options, needs_base=lambda o: o.asymmetry > 0)
