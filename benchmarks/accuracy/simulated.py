@@ -4,6 +4,7 @@ Weights are expanded from their blocks; inputs are rotated and rounded as the ch
 Fourfold, llm-compressor and Quark are judged by one and the same arithmetic, in float32.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,18 @@ from fourfold.checkpoint import open_checkpoint
 from fourfold.compress.calibrated.rotation import rotation_of
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import Entry, Model, plain
-from fourfold.evaluate.scores import WindowScore
 from fourfold.formats import get_format
+
+
+@dataclass(frozen=True)
+class WindowScore:
+    """Sums over the ``tokens`` predicted in one window, in nats."""
+
+    tokens: int
+    loss: float
+    loss_base: float
+    divergence: float
+    agreed: int
 
 
 class SimulatedModel:
