@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from tiny_models import build_tiny_model
 
-from fourfold.cli.calibration import EngineAuthor
+from fourfold.cli.authors import EngineAuthor, author_for
 from fourfold.cli.records import QuantizationRecord
+from fourfold.compress.calibrated.author import draw
 from fourfold.core.manifest import read_manifest
 
 RECIPE = "name: own\nrules: [{weight: mxfp4}]\npasses: [gptq]\n"
@@ -54,9 +57,27 @@ def test_a_sequence_follows_from_its_number_and_the_seed(tiny_llama):
     assert len({tuple(row) for row in whole.tolist()}) == 5
 
 
+def test_a_model_that_the_engine_does_not_know_writes_as_well(tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    source = build_tiny_model(tmp_path / "mixtral", "mixtral", num_hidden_layers=1, **sizes)
+    whole = author_for(str(source), 4, 20, 7, "cpu")(0, 4)
+    assert whole.shape == (4, 20) and whole.min() >= 0 and whole.max() < 256
+    assert author_for(str(source), 4, 20, 7, "cpu")(0, 4).tolist() == whole.tolist()
+    assert len({tuple(row) for row in whole.tolist()}) == 4
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log()[None]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw(logits, [generator]) for _ in range(4000)]).bincount(minlength=4) / 4000
+    assert drawn[3] == 0
+    assert (drawn[:3] - logits[0, :3].exp()).abs().max() < 0.03
+
+
 def test_what_makes_no_sense_is_refused_before_the_work(fourfold, tiny_llama, recipe, tmp_path):
-    text = tmp_path / "text.txt"
+    text, long = tmp_path / "text.txt", tmp_path / "long.txt"
     text.write_text("short")
+    long.write_text("a long day " * 300)
     out = tmp_path / "out"
     own = ("quantize", tiny_llama, out, "--recipe", recipe)
     for words, told in (
@@ -64,11 +85,12 @@ def test_what_makes_no_sense_is_refused_before_the_work(fourfold, tiny_llama, re
         ((*own, "--calibration", text), "has 5 tokens, but 512 sequences of 512 need 262144"),
         ((*own, "--calibration", tmp_path / "none.txt"), "no calibration file"),
         ((*own, "--device", "tpu"), "choose cpu or cuda"),
+        ((*own, "--calibration", long, "--samples", 4, "--workers", 2), "inputs: original"),
         ((*own, "--sequence-tokens", 4096), "512 positions"),
     ):
         outcome = fourfold(*words)
         assert outcome.code == 2 and told in outcome.err, outcome.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.yaml", "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt", "own.yaml", "text.txt"]
 
 
 def test_a_resume_with_other_calibration_names_the_field(fourfold, tiny_llama, recipe, tmp_path):

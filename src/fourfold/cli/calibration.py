@@ -1,18 +1,11 @@
 """Where ``fourfold quantize`` takes its calibration set from: what the user named, or the model itself."""
 
-import hashlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from fourfold.compress import Recipe
     from fourfold.compress.calibrated.run import Spread
     from fourfold.compress.calibration import Calibration
-    from fourfold.engine import Engine
-
-GREEDY_TOKENS = 3
-SEQUENCES_AT_A_TIME = 32
 
 
 def choose_device(name: str | None, recipe: "Recipe") -> str:
@@ -74,7 +67,7 @@ def calibration_for(
     from fourfold.core.errors import UsageError
 
     if is_calibrated(recipe):
-        return choose_calibration(model, source, samples, sequence_tokens, seed)
+        return choose_calibration(model, source, samples, sequence_tokens, seed, device)
     if source is not None:
         raise UsageError(
             f"The recipe '{recipe.name}' looks at no activations, so --calibration {source} would change "
@@ -84,7 +77,7 @@ def calibration_for(
 
 
 def choose_calibration(
-    model: str, source: str | None, samples: int, sequence_tokens: int, seed: int
+    model: str, source: str | None, samples: int, sequence_tokens: int, seed: int, device: str
 ) -> "Calibration":
     """The calibration set for ``model``: from ``source`` (a file, a dataset's name), or None for text that
     the model writes.
@@ -92,6 +85,7 @@ def choose_calibration(
     Raises UsageError for a source that is not there or too short, or sequences longer than the model takes.
     """
     from fourfold.checkpoint import open_checkpoint
+    from fourfold.cli.authors import author_for
     from fourfold.compress.calibration import SelfWritten
     from fourfold.compress.calibration_data import read_calibration
     from fourfold.core.errors import UsageError
@@ -105,73 +99,5 @@ def choose_calibration(
         )
     if source is not None:
         return read_calibration(source, Tokenizer.load(checkpoint), samples, sequence_tokens, seed)
-    return SelfWritten(
-        samples, sequence_tokens, seed, EngineAuthor(model, samples, sequence_tokens, seed).write
-    )
-
-
-class EngineAuthor:
-    """Lets the model write sequences of ``sequence_tokens``, with the engine, loaded when first asked.
-
-    A sequence begins as the model's texts do, with one token at random from the vocabulary; the next few are
-    the likeliest, so that a beginning makes sense, and the rest are drawn from the model's own distribution
-    (LLM-QAT, arXiv:2305.17888: "hybrid" sampling). Where a text ends the next one begins.
-    """
-
-    def __init__(self, model: str, samples: int, sequence_tokens: int, seed: int):
-        self.model, self.samples, self.sequence_tokens, self.seed = model, samples, sequence_tokens, seed
-        self._engine: Engine | None = None
-
-    def write(self, first: int, count: int) -> "torch.Tensor":
-        """The sequences from number ``first`` on, [count, T]: each follows from its number and the seed."""
-        import torch
-
-        from fourfold.engine import SamplingParams
-
-        engine = self._engine = self._engine or self._load()
-        length, numbers = self.sequence_tokens, range(first, first + count)
-        begun = [self._beginning(engine, number)[:length] for number in numbers]
-        for tokens, temperature in ((GREEDY_TOKENS, 0.0), (length, 1.0)):
-            wanted = [min(tokens, length - len(ids)) for ids in begun]
-            settings = [
-                SamplingParams(
-                    max_tokens=max(1, more), temperature=temperature, seed=self._seed(n), ignore_eos=True
-                )
-                for n, more in zip(numbers, wanted, strict=True)
-            ]
-            done = engine.generate(begun, settings)
-            begun = [(ids + c.token_ids)[:length] for ids, c in zip(begun, done, strict=True)]
-        if first + count >= self.samples:
-            self._engine = engine = None  # its memory is needed for the layers
-        return torch.tensor(begun, dtype=torch.int64)
-
-    def _load(self) -> "Engine":
-        import torch
-
-        from fourfold.engine import Engine, EngineConfig
-
-        room = SEQUENCES_AT_A_TIME * (self.sequence_tokens + 2 * 16)
-        config = EngineConfig(
-            max_batch_size=SEQUENCES_AT_A_TIME,
-            max_batch_tokens=512,
-            kv_cache_tokens=room,
-            prefix_cache=False,
-            threads=torch.get_num_threads(),
-        )
-        return Engine.load(self.model, config)
-
-    def _seed(self, number: int) -> int:
-        # 32 bits, for torch's generator on the CPU looks at no more
-        return int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:4])
-
-    def _beginning(self, engine: "Engine", number: int) -> list[int]:
-        """The beginning token, where the model was trained with one, and a token that stands for text."""
-        import torch
-
-        generator = torch.Generator().manual_seed(self._seed(number))
-        start = engine.tokenizer.encode("", add_special_tokens=True)[:1]
-        vocabulary = min(len(engine.tokenizer), engine.model.shape.vocabulary)
-        while True:
-            token = int(torch.randint(vocabulary, (1,), generator=generator))
-            if engine.tokenizer.decode([token]):
-                return [*start, token]
+    write = author_for(model, samples, sequence_tokens, seed, device)
+    return SelfWritten(samples, sequence_tokens, seed, write)
