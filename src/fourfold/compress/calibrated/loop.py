@@ -100,7 +100,7 @@ class LayerLoop:
 
     def part_from_base(self) -> None:
         """Hold the original model's states apart from the quantized one's, as from the second layer on."""
-        if self._base_inputs is not None:
+        if self._base_inputs is not None and not self.original:
             self._base_inputs = [hidden.clone() for hidden in self._base_inputs]
 
     def step(self, index: int) -> FinishedLayer:
