@@ -18,6 +18,7 @@ from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
 from fourfold.core.errors import UsageError
+from fourfold.core.machine import installed_version
 from fourfold.core.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -83,17 +84,8 @@ def quantize(
     # so that recipes without calibration never import transformers
     from fourfold.compress.calibrated.run import finish_layers
 
-    done = finish_layers(
-        writer,
-        prepared,
-        model,
-        recipe,
-        calibration,
-        torch.device(device),
-        layer_progress,
-        writing_progress,
-        spread,
-    )
+    seen = (layer_progress, writing_progress, spread)
+    done = finish_layers(writer, prepared, model, recipe, calibration, torch.device(device), *seen)
     write_shards(writer, done.model, progress)
     notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))
     return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
@@ -136,4 +128,5 @@ def fingerprint(
     if calibration is not None and is_calibrated(recipe):
         fields |= calibration.fingerprint
         fields |= {"device": torch.device(device).type, "torch": torch.__version__}
+        fields["transformers"] = installed_version("transformers") or "none"
     return fields
