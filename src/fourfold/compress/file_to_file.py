@@ -70,6 +70,7 @@ def quantize(
         fingerprint=fingerprint(checkpoint, recipe, calibration, device),
         resume=resume,
         max_shard_bytes=max_shard_bytes,
+        kv_scales_follow=calibration is not None and is_calibrated(recipe),
     )
     finish = partial(
         writer.finish,
@@ -94,9 +95,9 @@ def quantize(
 def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:
     """Raise UsageError when ``recipe`` lacks the calibration set it needs."""
     if calibration is None and is_calibrated(recipe):
-        names = ", ".join(use.name for use in recipe.uses)
+        names = ", ".join([*(use.name for use in recipe.uses), *(["kv_cache"] if recipe.kv_cache else [])])
         raise UsageError(
-            f"The recipe '{recipe.name}' has passes that look at activations ({names}), but no calibration "
+            f"The recipe '{recipe.name}' looks at activations ({names}), but no calibration "
             "set was given. Give one with --calibration, or use a recipe without calibration (mxfp4)."
         )
 

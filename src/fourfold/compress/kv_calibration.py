@@ -69,7 +69,9 @@ class KVObserver:
         return states
 
 
-def scales(observer: KVObserver, kind: KVCacheFormat, modules: Iterable[str]) -> dict[str, torch.Tensor]:
+def scales(
+    observer: KVObserver, kind: KVCacheFormat | None, modules: Iterable[str]
+) -> dict[str, torch.Tensor]:
     """By k_proj and v_proj of ``modules``: float32 [1] for ``fp8``, [key heads] for ``fp8-head``.
 
     ``modules`` are ``checkpoint.kv_scales.cached_projections``. Layers whose keys reached no cache are left

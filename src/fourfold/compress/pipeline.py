@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import ValidationError
 
+from fourfold.checkpoint.kv_scales import PER_HEAD
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import PassUse, Recipe
 from fourfold.core.errors import UsageError
@@ -79,8 +80,8 @@ def options_of(use: PassUse, who: str) -> Record:
 
 
 def is_calibrated(recipe: Recipe) -> bool:
-    """Whether some pass of ``recipe`` looks at activations."""
-    return any(get_pass(use.name).calibrated for use in recipe.uses)
+    """Whether ``recipe`` looks at activations: in some pass, or for the scales of a KV cache's heads."""
+    return recipe.kv_cache == PER_HEAD or any(get_pass(use.name).calibrated for use in recipe.uses)
 
 
 def prepare(recipe: Recipe, model: Model) -> Model:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fourfold.checkpoint.kv_scales import SCALED
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.memory import is_out_of_memory, no_room, release
 from fourfold.compress.calibrated.names import Source
@@ -25,7 +26,8 @@ from fourfold.compress.calibrated.skeleton import Call, Skeleton
 from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
 from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
 from fourfold.compress.calibration import CalibrationSet
-from fourfold.compress.model import Model, Value
+from fourfold.compress.kv_calibration import KVObserver
+from fourfold.compress.model import Model, Value, plain
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
 from fourfold.compress.pipeline import Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
@@ -38,6 +40,7 @@ LayerProgress = Callable[[int, int, str], None]
 
 Result = TypeVar("Result")
 
+KV_AMAX = "largest keys and values"
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 
 
@@ -59,6 +62,7 @@ class LayerLoop:
         self.needs_base = self.original or any(p.needs_base(options) for p, options in self.passes)
         self.notes = self._left_out()
         self.experts: list[ExpertTokens] = []
+        self.kv = KVObserver()
         self._learned: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: list[torch.Tensor] = []
         self._base_inputs: list[torch.Tensor] | None = None
@@ -78,7 +82,10 @@ class LayerLoop:
         for index, layer in sorted(finished.items()):
             self.notes += layer.notes
             load = partial(self.store.load, key_of(index))
-            made |= {name: partial(load, name, held) for name, held in layer.tensors.items()}
+            tensors = {name: partial(load, name, held) for name, held in layer.tensors.items()}
+            if (amax := tensors.pop(KV_AMAX, None)) is not None:
+                self.kv.amax[index] = plain(amax(), torch.float32)
+            made |= tensors
             self.experts += layer.experts
         self.notes += summarise(self.experts)
         return made
@@ -149,8 +156,21 @@ class LayerLoop:
         if finished is None:
             self.run_passes(work)
             values = self.values(work)
+            values |= self._largest_kv(work, values)
             finished = self.store.save(key_of(work.index), values, work.notes, work.expert_tokens)
         return finished
+
+    @torch.no_grad()
+    def _largest_kv(self, work: LayerWork, values: dict[str, Value]) -> dict[str, Value]:
+        """What the finished layer puts into its KV cache at most, where the cache has scales to calibrate."""
+        if self.model.quantization.kv_cache not in SCALED:
+            return {}
+        self.restore(work, values)
+        work.cache = KVObserver()
+        for hidden in work.inputs:
+            work.forward(hidden)
+        found, work.cache = work.cache.amax, None
+        return {KV_AMAX: found[work.index]} if work.index in found else {}
 
     def _step(self, index: int) -> FinishedLayer:
         work = self.begin(index)

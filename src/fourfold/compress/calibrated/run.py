@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fourfold.checkpoint import CheckpointWriter
+from fourfold.checkpoint.kv_scales import cached_projections
 from fourfold.compress.calibrated.loop import LayerLoop, LayerProgress
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet, SelfWritten
+from fourfold.compress.kv_calibration import scales
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import Recipe
 
@@ -56,6 +58,8 @@ def finish_layers(
     if spread is not None:
         spread(loop, layer_progress)
     made = loop.run(layer_progress)
+    form = rounded.quantization.kv_cache
+    writer.hold_kv_scales(scales(loop.kv, form, cached_projections(rounded.infos())))
     entries = {name: replace(rounded.entries[name], load=load) for name, load in made.items()}
     record = tokens.record() | loop.expert_record()
     return Finished(rounded.with_entries(entries), loop.notes, record, store.remove)

@@ -10,6 +10,7 @@ from torch import nn
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.routing import ExpertTokens, Routing, survey
 from fourfold.compress.calibrated.skeleton import Call
+from fourfold.compress.kv_calibration import KVObserver
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
 
@@ -25,7 +26,7 @@ class LayerWork:
     this one, ``base_inputs`` from the original ones (None when no pass of the recipe asks for them).
     ``calls`` holds the other arguments of the layer by batch size. ``dtypes``, by a parameter's name in
     ``module``, says what it is stored as where it is not rounded to blocks. ``learned`` is what the pass at
-    work learned beforehand over the whole model.
+    work learned beforehand over the whole model. ``cache``, where there is one, sees keys and values.
     """
 
     index: int
@@ -43,6 +44,7 @@ class LayerWork:
     notes: list[str] = field(default_factory=list)
     routing: Routing = field(default_factory=lambda: Routing({}, [], set()))
     expert_tokens: list[ExpertTokens] = field(default_factory=list)
+    cache: KVObserver | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +55,8 @@ class LayerWork:
         """The layer's output [B, T, H] in float32 for one batch of its inputs."""
         call = self.calls[len(hidden)]
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            out = self.module(hidden.to(self.device, torch.float32), *call.args, **call.kwargs)
+            kwargs = call.kwargs if self.cache is None else call.kwargs | {"past_key_values": self.cache}
+            out = self.module(hidden.to(self.device, torch.float32), *call.args, **kwargs)
         return (out[0] if isinstance(out, tuple) else out).float()
 
     @torch.no_grad()
