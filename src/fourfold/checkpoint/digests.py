@@ -7,7 +7,6 @@ of logical tensors (codes, scales, values), so they hold in every dialect.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -57,14 +56,11 @@ def read_digests(folder: Path) -> TensorDigests | None:
 
 
 def differing(checkpoint: Checkpoint, digests: Mapping[str, str]) -> Iterator[str]:
-    """The tensors of ``digests`` that ``checkpoint`` lacks or gives differently, read on torch's threads."""
+    """The tensors of ``digests`` that ``checkpoint`` lacks or gives differently, one in memory at a time."""
     present = set(checkpoint.names())
-
-    def differs(name: str) -> bool:
-        return name not in present or digest(checkpoint.load(name)) != digests[name]
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from (name for name, wrong in zip(digests, pool.map(differs, digests), strict=True) if wrong)
+    for name, expected in digests.items():
+        if name not in present or digest(checkpoint.load(name)) != expected:
+            yield name
 
 
 def _sha256(kind: str, *tensors: torch.Tensor) -> str:
