@@ -14,7 +14,7 @@ import torch
 from fourfold.compress.calibration import CalibrationSet, cut
 from fourfold.core.errors import FourfoldError, UsageError
 
-PIECE_CHARACTERS = 1 << 20  # a text is tokenized in pieces of whole lines: tokenizers hold all of one at once
+PIECE_CHARACTERS = 1 << 16  # a text is tokenized in pieces of whole lines: tokenizers hold all of one at once
 DATASET_SURPLUS = 16  # of a dataset, which may never end, this many times the tokens that are needed are read
 
 
