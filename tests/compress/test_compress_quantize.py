@@ -15,6 +15,7 @@ from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import load_recipe, plan, quantize, recipe_names
+from fourfold.compress.calibration import CalibrationSet
 from fourfold.core.manifest import MANIFEST_NAME
 from fourfold.formats import BlockTensor, get_format
 
@@ -56,9 +57,10 @@ def test_the_first_rule_that_matches_decides_and_the_scheme_is_written(tiny_llam
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n != "bf16"])
 def test_shipped_recipes_reach_the_file_and_the_card(tiny_llama, tmp_path, name):
-    quantize(tiny_llama, tmp_path / "out", name)
-    card = open_checkpoint(tmp_path / "out").card()
-    assert (card.weight_format, card.activation_format) == ("mxfp4", load_recipe(name).rules[0].activation)
+    token_ids = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
+    quantize(tiny_llama, tmp_path / "out", name, calibration=CalibrationSet(token_ids, "random", 0))
+    card, rule = open_checkpoint(tmp_path / "out").card(), load_recipe(name).rules[0]
+    assert (card.weight_format, card.activation_format) == (rule.weight, rule.activation)
 
 
 def test_both_dialects_hold_the_same_numbers(tiny_llama, tmp_path):
