@@ -119,6 +119,40 @@ class LayerPicture(Record):
     notes: list[str] = []
 
 
+class FrontierPoint(Record):
+    """One mixture of formats. ``groups`` counts those in each format."""
+
+    bits: float = Field(description="mean bits of a weight in the groups, scales included")
+    size_bytes: int = Field(description="all tensors of the checkpoint, as ModelCard.size_bytes")
+    predicted_kl: float = Field(description="KL(original || quantized), nats per token, second order")
+    groups: dict[str, int]
+
+
+class FormatGroup(Record):
+    """Modules that share a format, the one chosen for them, and what each candidate is told to cost."""
+
+    modules: list[str]
+    weights: int
+    format: str
+    predicted_kl: dict[str, float]
+
+
+class Frontier(Record):
+    """The best mixtures of formats from the smallest checkpoint to the largest, and the one for a budget."""
+
+    kind: Literal["fourfold.frontier/1"] = "fourfold.frontier/1"
+    source: str
+    recipe: str
+    dialect: str
+    budget: str
+    points: list[FrontierPoint]
+    chosen: int = Field(description="which of the points the budget gave")
+    groups: list[FormatGroup]
+    samples: int = Field(description="sequences behind the predicted KL")
+    sequence_tokens: int
+    notes: list[str] = []
+
+
 class GateResult(Record):
     """One threshold of ``--gate`` and whether the measured value kept it."""
 

@@ -52,10 +52,23 @@ def within_cost(groups: list[Group], cost: float) -> Choice:
 
 
 def frontier(groups: list[Group], points: int = 17) -> list[Choice]:
-    """Solutions from the smallest size to the largest, each with a predicted KL no worse than the last."""
+    """Solutions from the smallest size to the largest, each larger than the last and of less predicted KL.
+
+    Sizes tried are denser where they are small, because that is where each byte buys most.
+    """
     low = sum(min(g.nbytes.values()) for g in groups)
     high = sum(max(g.nbytes.values()) for g in groups)
-    return [within_bytes(groups, float(size)) for size in np.linspace(low, high, points)]
+    tried = [within_bytes(groups, low * (high / low) ** (i / (points - 1))) for i in range(points)]
+    return undominated(tried)
+
+
+def undominated(choices: list[Choice]) -> list[Choice]:
+    """``choices`` by size, without those for which another is no larger and no worse."""
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.nbytes, c.cost)):
+        if not kept or choice.cost < kept[-1].cost:
+            kept.append(choice)
+    return kept
 
 
 def numel(groups: list[Group]) -> int:
@@ -80,7 +93,10 @@ def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: floa
         least / unit,
         integrality=np.ones(len(owner)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(most[None] / scale, ub=limit / scale)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(most[None] / scale, ub=limit / scale),
+        ],
         options={"mip_rel_gap": 1e-6, "time_limit": 60},
     )
     if solution.x is None:

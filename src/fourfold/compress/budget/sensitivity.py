@@ -13,7 +13,7 @@ pass a sequence with the whole model in memory, and noise: the relative standard
 sqrt(2 / sequences). Costs of different weights are taken to add. The rounding of activations is not in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -21,9 +21,8 @@ from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.passes.rtn import check_finite
+from fourfold.core.quantization import LayerScheme
 from fourfold.formats import get_format
-
-KEPT = "bf16"
 
 Costs = dict[str, dict[str, float]]
 """Module name -> format -> predicted KL in nats a token."""
@@ -32,18 +31,18 @@ Costs = dict[str, dict[str, float]]
 def sensitivities(
     skeleton: Skeleton,
     calibration: CalibrationSet,
-    formats: list[str],
+    candidates: Mapping[str, Sequence[LayerScheme]],
     progress: Callable[[int, int], None] | None = None,
 ) -> Costs:
-    """The cost of holding each weight that the scheme names in each of ``formats``.
+    """What each of its ``candidates`` costs each module that transformers has as a linear layer.
 
     Raises FourfoldError for weights that are not finite.
     """
     model = WholeModel(skeleton)
-    changes = {name: _changes(model, name, formats) for name in model.schemes}
+    changes = {name: _changes(model, name, candidates[name]) for name in model.schemes if name in candidates}
     for name in changes:
         model.linears[name].weight.requires_grad_(True)
-    sums: Costs = {name: dict.fromkeys(formats, 0.0) for name in changes}
+    sums: Costs = {name: dict.fromkeys(by_format, 0.0) for name, by_format in changes.items()}
     draw = torch.Generator(model.device).manual_seed(calibration.seed)
     for done, sequence in enumerate(calibration.token_ids):
         log_likelihood(model, sequence, draw).backward()
@@ -67,8 +66,9 @@ def log_likelihood(model: WholeModel, sequence: torch.Tensor, draw: torch.Genera
     return log_p.gather(1, labels).sum()
 
 
-def _changes(model: WholeModel, name: str, formats: list[str]) -> dict[str, torch.Tensor]:
-    """What each format changes of the weight ``name``, bfloat16 [out, in]."""
+def _changes(model: WholeModel, name: str, schemes: Sequence[LayerScheme]) -> dict[str, torch.Tensor]:
+    """What each of ``schemes`` changes of the weight ``name``, bfloat16 [out, in], by format."""
     weight = model.linears[name].weight.detach()
     check_finite(f"{name}.weight", weight)
-    return {f: (get_format(f).fake_quantize(weight) - weight).to(torch.bfloat16) for f in formats}
+    rounded = {s.weight: get_format(s.weight).fake_quantize(weight, s.scale_rule) for s in schemes}
+    return {form: (values - weight).to(torch.bfloat16) for form, values in rounded.items()}

@@ -1,0 +1,42 @@
+"""What serving kernels fuse, and so must share a format: told from module names.
+
+vLLM and SGLang multiply q, k and v of a layer as one matrix, gate and up likewise, the input projections of a
+hybrid's linear attention in pairs, and the first projections of multi-head latent attention. All projections
+of all experts of a layer go through one fused kernel, and vLLM refuses experts of several schemes. Everything
+else stands alone. Source: ``packed_modules_mapping`` and the MoE methods of compressed-tensors and Quark in
+vLLM.
+"""
+
+import re
+from collections.abc import Iterable
+
+FUSED: tuple[frozenset[str], ...] = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    frozenset({"in_proj_qkv", "in_proj_z"}),
+    frozenset({"in_proj_a", "in_proj_b"}),
+)
+EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+
+
+def fused_groups(modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """``modules`` in groups that share a format, in the order in which each group's first module comes."""
+    groups: dict[tuple[str, frozenset[str]], list[str]] = {}
+    for module in modules:
+        groups.setdefault(_key(module), []).append(module)
+    return [tuple(members) for members in groups.values()]
+
+
+def experts_of(module: str) -> str | None:
+    """``model.layers.3.mlp.experts`` of one of its experts' modules, None of any other."""
+    found = EXPERT.match(module)
+    return found.group(1) if found else None
+
+
+def _key(module: str) -> tuple[str, frozenset[str]]:
+    if (experts := experts_of(module)) is not None:
+        return experts, frozenset()
+    parent, _, leaf = module.rpartition(".")
+    return parent, next((fused for fused in FUSED if leaf in fused), frozenset({leaf}))
