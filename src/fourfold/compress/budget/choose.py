@@ -1,7 +1,7 @@
 """Which format for which group: an integer programme, and the frontier of its solutions.
 
-Minimise the summed cost over groups subject to the summed size, with one format a group; or the size subject to
-the cost (scipy's milp, HiGHS). A group is what serving kernels fuse, so that its members share a format.
+Minimise the summed cost over groups subject to the summed size, with one format a group; or the size subject
+to the cost (scipy's milp, HiGHS). A group is what serving kernels fuse, so that its members share a format.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from fourfold.core.errors import FourfoldError, UsageError
+
+RELATIVE_GAP = 1e-4  # far below the noise of the costs
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def within_bytes(groups: list[Group], nbytes: float) -> Choice:
 
 
 def within_cost(groups: list[Group], cost: float) -> Choice:
-    """The fewest bytes at a predicted KL of at most ``cost``. Raises UsageError when no format is that good."""
+    """The fewest bytes at a predicted KL of at most ``cost``. Raises UsageError when nothing is that good."""
     best = sum(min(g.cost.values()) for g in groups)
     if cost < best:
         raise UsageError(f"No choice of formats has a predicted KL of {cost:g}; the least is {best:g}.")
@@ -97,7 +99,7 @@ def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: floa
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(most[None] / scale, ub=limit / scale),
         ],
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 60},
     )
     if solution.x is None:
         raise FourfoldError(f"No mixture of formats was found within the budget ({solution.message}).")

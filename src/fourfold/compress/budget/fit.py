@@ -171,8 +171,8 @@ def _range(groups: list[Group], rest: int) -> str:
     worst = sum(max(g.cost.values()) for g in groups)
     weights = numel(groups) / 8
     return (
-        f"For this model and recipe budgets go from {low / weights:.3f} to {high / weights:.3f} bits a weight, "
-        f"from {(low + rest) / 1e9:.4g} to {(high + rest) / 1e9:.4g} GB, and up to a predicted KL of "
+        f"For this model and recipe budgets go from {low / weights:.3f} to {high / weights:.3f} bits a "
+        f"weight, from {(low + rest) / 1e9:.4g} to {(high + rest) / 1e9:.4g} GB, and up to a predicted KL of "
         f"{worst:.3g}."
     )
 
@@ -217,7 +217,7 @@ def _shortened(model: Model, chosen: dict[str, LayerScheme | None]) -> dict[str,
         if name.endswith(".weight") and (experts := experts_of(name)) is not None:
             # what the recipe keeps stands apart from every scheme, also from "chosen to be kept"
             module = name.removesuffix(".weight")
-            schemes.setdefault(experts, set()).add(chosen[module] if module in chosen else UNTOUCHED)
+            schemes.setdefault(experts, set()).add(chosen.get(module, UNTOUCHED))
     alike = {experts for experts, found in schemes.items() if len(found) == 1 and UNTOUCHED not in found}
     short = {}
     for module, scheme in chosen.items():
@@ -231,6 +231,6 @@ def _notes(schemes: Schemes, costs: Costs) -> list[str]:
     if not unknown:
         return []
     return [
-        f"{len(unknown)} modules that transformers does not build as linear layers ({unknown[0]}, …) keep the "
-        "recipe's format; what they cost is not in the predicted KL."
+        f"{len(unknown)} modules that transformers does not build as linear layers ({unknown[0]}, …) keep "
+        "the recipe's format; what they cost is not in the predicted KL."
     ]

@@ -22,9 +22,9 @@ EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 def fused_groups(modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """``modules`` in groups that share a format, in the order in which each group's first module comes."""
+    """``modules`` in groups that share a format, sorted by name, layer 2 before layer 10."""
     groups: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for module in modules:
+    for module in sorted(modules, key=_natural):
         groups.setdefault(_key(module), []).append(module)
     return [tuple(members) for members in groups.values()]
 
@@ -33,6 +33,10 @@ def experts_of(module: str) -> str | None:
     """``model.layers.3.mlp.experts`` of one of its experts' modules, None of any other."""
     found = EXPERT.match(module)
     return found.group(1) if found else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _key(module: str) -> tuple[str, frozenset[str]]:

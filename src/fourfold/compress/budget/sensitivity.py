@@ -1,16 +1,17 @@
-"""What each format costs each weight: a second-order estimate of KL(original || quantized), in nats a token.
+"""What each format costs each weight: a second-order estimate of KL(original || quantized), nats a token.
 
-Near the original model KL is a quadratic form of the change of the weights, 1/2 d^T F d, where F is the Fisher
-information (Martens, arXiv:1412.1193). F is the mean of g g^T over score vectors g, the gradients of the
-log-likelihood of labels that the model itself draws; with such labels the gradients of different tokens are
-uncorrelated, so that one backward pass over a sequence of T tokens gives one sample of T F. So for each
+Near the original model KL is a quadratic form of the change of the weights, 1/2 d^T F d, where F is the
+Fisher information (Martens, arXiv:1412.1193). F is the mean of g g^T over score vectors g, the gradients of
+the log-likelihood of labels that the model itself draws; with such labels the gradients of different tokens
+are uncorrelated, so that one backward pass over a sequence of T tokens gives one sample of T F. So for each
 candidate format with its change d = Q(W) - W,
 
     cost(W, format) = mean over sequences of (g . d)^2 / (2 T),
 
-which sees how the errors of one weight matrix add up, as a diagonal estimate would not. The price is a backward
-pass a sequence with the whole model in memory, and noise: the relative standard deviation of one cost is about
-sqrt(2 / sequences). Costs of different weights are taken to add. The rounding of activations is not in it.
+which sees how the errors of one weight matrix add up, as a diagonal estimate would not. The price is a
+backward pass a sequence with the whole model in memory, and noise: the relative standard deviation of one
+cost is about sqrt(2 / sequences). Costs of different weights are taken to add. The rounding of activations is
+not in it, nor what passes other than rounding to nearest win back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
