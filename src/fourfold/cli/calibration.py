@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from fourfold.compress.calibration import Calibration
 
 
-def choose_device(name: str | None, recipe: "Recipe") -> str:
-    """``name``, or cuda where there is one and the recipe has use for it. Raises UsageError for what this
-    machine does not have.
+def choose_device(name: str | None, recipe: "Recipe", measures: bool = False) -> str:
+    """``name``, or cuda where there is one and the recipe has use for it, or a budget ``measures``. Raises
+    UsageError for what this machine does not have.
     """
     import torch
 
@@ -18,7 +18,7 @@ def choose_device(name: str | None, recipe: "Recipe") -> str:
     from fourfold.core.errors import UsageError
 
     if name is None:
-        return "cuda" if is_calibrated(recipe) and torch.cuda.is_available() else "cpu"
+        return "cuda" if (measures or is_calibrated(recipe)) and torch.cuda.is_available() else "cpu"
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: choose cpu or cuda.")
@@ -58,17 +58,19 @@ def calibration_for(
     sequence_tokens: int,
     seed: int,
     device: str,
+    measured: bool = False,
 ) -> "Calibration | None":
     """The calibration set that ``recipe`` needs; None when it needs none.
 
-    Raises UsageError for a ``source`` that such a recipe would not look at.
+    Raises UsageError for a ``source`` that nobody looks at: neither such a recipe, nor a budget that was
+    ``measured`` on it.
     """
     from fourfold.compress.pipeline import is_calibrated
     from fourfold.core.errors import UsageError
 
     if is_calibrated(recipe):
         return choose_calibration(model, source, samples, sequence_tokens, seed, device)
-    if source is not None:
+    if source is not None and not measured:
         raise UsageError(
             f"The recipe '{recipe.name}' looks at no activations, so --calibration {source} would change "
             "nothing. Remove it, or choose a recipe with calibrated passes."

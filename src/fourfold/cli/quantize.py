@@ -8,8 +8,9 @@ import typer
 
 if TYPE_CHECKING:
     from fourfold.cli.records import QuantizationRecord
-    from fourfold.compress import DryRun
+    from fourfold.compress import DryRun, Recipe
     from fourfold.core.manifest import Manifest
+    from fourfold.core.records import Frontier
 
 
 def quantize(
@@ -36,6 +37,14 @@ def quantize(
         str | None,
         typer.Option(metavar="cpu|cuda", help="Where layers are calibrated. [default: cuda if there is one]"),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="4.5bits|1.2GB|kl=0.05",
+            help="Choose each layer's format by measurement: mean bits of a rounded weight, size of the "
+            "checkpoint, or largest predicted KL. With --dry-run only the frontier is shown.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -57,9 +66,22 @@ def quantize(
 
     check_json_path(json)
     job = Job(
-        source, out, recipe, dialect, calibration, samples, sequence_tokens, seed, device, workers, resume
+        source,
+        out,
+        recipe,
+        dialect,
+        calibration,
+        samples,
+        sequence_tokens,
+        seed,
+        device,
+        workers,
+        resume,
+        budget,
     )
-    if dry_run:
+    if dry_run and budget is not None:
+        _, record = choose_within(job, budget)
+    elif dry_run:
         record = predict(job)
         show_plan(record)
     else:
@@ -83,6 +105,37 @@ class Job:
     device: str | None
     workers: int | None
     resume: bool
+    budget: str | None = None
+
+
+def choose_within(job: Job, budget: str) -> "tuple[Recipe, Frontier]":
+    """The job's recipe with formats chosen for ``budget``; the frontier is shown and drawn beside OUT."""
+    from fourfold.cli.budget import fit, show_frontier, write_plot
+    from fourfold.cli.calibration import choose_device
+    from fourfold.compress import load_recipe
+
+    recipe = load_recipe(job.recipe)
+    device = choose_device(job.device, recipe, measures=True)
+    shape = (job.calibration, job.samples, job.sequence_tokens, job.seed)
+    recipe, record = fit(job.source, recipe, job.dialect, budget, *shape, device)
+    show_frontier(record)
+    write_plot(record, job.out)
+    return recipe, record
+
+
+def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
+    """The job's recipe, within its budget if it has one, and the frontier unless an interrupted run chose."""
+    from fourfold.cli.budget import resumed_recipe, write_recipe
+    from fourfold.compress import load_recipe
+
+    recipe = load_recipe(job.recipe)
+    if job.budget is None:
+        return recipe, None
+    if job.resume and (kept := resumed_recipe(recipe, job.budget, job.out)) is not None:
+        return kept, None
+    recipe, frontier = choose_within(job, job.budget)
+    write_recipe(recipe, job.out)
+    return recipe, frontier
 
 
 def predict(job: Job) -> "DryRun":
@@ -112,14 +165,20 @@ def run(job: Job) -> "QuantizationRecord":
 
     from fourfold.cli.calibration import calibration_for, choose_device, spread_for
     from fourfold.cli.stages import stages
-    from fourfold.compress import load_recipe
     from fourfold.compress import quantize as write_checkpoint
 
     begin = time.perf_counter()
-    recipe = load_recipe(job.recipe)
+    recipe, frontier = chosen_recipe(job)
     device = choose_device(job.device, recipe)
     calibration = calibration_for(
-        recipe, job.source, job.calibration, job.samples, job.sequence_tokens, job.seed, device
+        recipe,
+        job.source,
+        job.calibration,
+        job.samples,
+        job.sequence_tokens,
+        job.seed,
+        device,
+        measured=job.budget is not None,
     )
     spread = spread_for(job.workers, job.source, recipe, device)
     with stages() as display:
@@ -136,7 +195,8 @@ def run(job: Job) -> "QuantizationRecord":
             writing_progress=display.sequences,
             spread=spread,
         )
-    return record_of(job, manifest, device, time.perf_counter() - begin)
+    record = record_of(job, manifest, device, time.perf_counter() - begin)
+    return record.model_copy(update={"frontier": frontier})
 
 
 def record_of(job: Job, manifest: "Manifest", device: str, seconds: float) -> "QuantizationRecord":

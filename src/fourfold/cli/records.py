@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from fourfold.core.records import Machine, ModelCard, Record
+from pydantic import Field
+
+from fourfold.core.records import Frontier, Machine, ModelCard, Record
 
 
 class QuantizationRecord(Record):
@@ -20,6 +22,7 @@ class QuantizationRecord(Record):
     source_card: ModelCard
     card: ModelCard
     calibration: dict[str, Any] | None = None
+    frontier: Frontier | None = Field(default=None, description="with --budget: what it was chosen from")
     device: str = "cpu"
     seconds: float
     peak_memory_bytes: int

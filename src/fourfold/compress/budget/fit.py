@@ -68,12 +68,11 @@ def fit_budget(
     costs = _measured(Skeleton(model, torch.device(device)), schemes, calibration, progress)
     groups = _groups(model, target, recipe, schemes, costs)
     rest = _rest_bytes(model, target, recipe)
-    chosen = _choose(groups, budget, rest)
+    chosen, choices = _with_frontier(groups, _choose(groups, budget, rest))
     if set(chosen.formats) == {KEPT}:
         raise UsageError(f"Nothing needs to be rounded for the budget {budget.text}. {_range(groups, rest)}")
     formats = {m: f for g, f in zip(groups, chosen.formats, strict=True) for m in g.modules}
     fitted = _recipe(recipe, budget, model, {m: schemes[m].get(f) for m, f in formats.items()})
-    choices = undominated([*frontier(groups), chosen])
     samples, length = calibration.token_ids.shape
     record = Frontier(
         source=str(source),
@@ -81,7 +80,7 @@ def fit_budget(
         dialect=dialect,
         budget=budget.text,
         points=[_point(groups, choice, rest) for choice in choices],
-        chosen=next(i for i, choice in enumerate(choices) if choice.nbytes >= chosen.nbytes),
+        chosen=choices.index(chosen),
         groups=[
             FormatGroup(modules=list(g.modules), weights=g.numel, format=form, predicted_kl=g.cost)
             for g, form in zip(groups, chosen.formats, strict=True)
@@ -166,6 +165,12 @@ def _choose(groups: list[Group], budget: Budget, rest: int) -> Choice:
     return within_bytes(groups, nbytes)
 
 
+def _with_frontier(groups: list[Group], chosen: Choice) -> tuple[Choice, list[Choice]]:
+    """The frontier with ``chosen`` in it, or with the point that is no larger and no worse than that."""
+    choices = undominated([*frontier(groups), chosen])
+    return [choice for choice in choices if choice.nbytes <= chosen.nbytes][-1], choices
+
+
 def _range(groups: list[Group], rest: int) -> str:
     low, high = (sum(pick(g.nbytes.values()) for g in groups) for pick in (min, max))
     worst = sum(max(g.cost.values()) for g in groups)
@@ -193,11 +198,16 @@ def _recipe(recipe: Recipe, budget: Budget, model: Model, chosen: dict[str, Laye
         rules.setdefault(scheme, []).append(pattern)
     return recipe.model_copy(
         update={
-            "name": f"{recipe.name} within {budget.text}",
+            "name": fitted_name(recipe, budget.text),
             "description": f"{recipe.description} Formats chosen by measurement for {budget.text}.".strip(),
             "rules": [_rule(modules, scheme) for scheme, modules in rules.items()],
         }
     )
+
+
+def fitted_name(recipe: Recipe, budget: str) -> str:
+    """What ``recipe`` is called once its formats are chosen for ``budget``."""
+    return f"{recipe.name} within {budget}"
 
 
 def _rule(modules: list[str], scheme: LayerScheme | None) -> Rule:
