@@ -3,9 +3,9 @@
 python benchmarks/accuracy/gptq_large.py llama-8b --samples 512 --sequence-tokens 2048 [--layers N]
 
 Weights are drawn when a layer is reached, so that no disk is measured; finished layers are written to a
-temporary folder as in a real run. With ``--layers`` only so many layers are run, and the time of the whole model
-is predicted from the mean of all but the first. Asserted: what every layer
-hands on is finite, and its tensors are on disk, whole.
+temporary folder as in a real run. With ``--layers`` only so many layers are run, and the time of the whole
+model is predicted from the mean of all but the first. Asserted: what every layer hands on is finite, and its
+tensors are on disk, whole.
 """
 
 import argparse
@@ -112,8 +112,8 @@ def run(loop: LayerLoop, options: argparse.Namespace) -> None:
     later = seconds[2:] or seconds[1:]
     whole = seconds[0] + sum(later) / len(later) * len(loop.skeleton)
     print(
-        f"{options.shape}, {options.samples} x {options.sequence_tokens} tokens: {sum(seconds):.0f} s for {count} "
-        f"of {len(loop.skeleton)} layers, embedding {seconds[0]:.1f} s, {memory()}; predicted for all: "
+        f"{options.shape}, {options.samples} x {options.sequence_tokens} tokens: {sum(seconds):.0f} s for "
+        f"{count} of {len(loop.skeleton)} layers, embedding {seconds[0]:.1f} s, {memory()}; predicted for all: "
         f"{whole:.0f} s"
     )
 

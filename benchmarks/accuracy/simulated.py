@@ -1,7 +1,7 @@
 """Any checkpoint as a model to judge, computed by transformers' modules on a CPU or a GPU.
 
-Weights are expanded from their blocks; inputs are rotated and rounded as the checkpoint asks. So checkpoints of
-Fourfold, llm-compressor and Quark are judged by one and the same arithmetic, in float32.
+Weights are expanded from their blocks; inputs are rotated and rounded as the checkpoint asks. So checkpoints
+of Fourfold, llm-compressor and Quark are judged by one and the same arithmetic, in float32.
 """
 
 from dataclasses import dataclass
