@@ -113,8 +113,8 @@ def run(loop: LayerLoop, options: argparse.Namespace) -> None:
     whole = seconds[0] + sum(later) / len(later) * len(loop.skeleton)
     print(
         f"{options.shape}, {options.samples} x {options.sequence_tokens} tokens: {sum(seconds):.0f} s for "
-        f"{count} of {len(loop.skeleton)} layers, embedding {seconds[0]:.1f} s, {memory()}; predicted for all: "
-        f"{whole:.0f} s"
+        f"{count} of {len(loop.skeleton)} layers, embedding {seconds[0]:.1f} s, {memory()}; "
+        f"predicted for all: {whole:.0f} s"
     )
 
 
