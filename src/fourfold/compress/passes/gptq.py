@@ -3,34 +3,39 @@
 With inputs X [n, in] as the served model multiplies them, H = X^T X / n + damping, and U the upper Cholesky
 factor of H^-1, rounding column j with the error e_j = (w_j - q_j) / U_jj changes each later column k by
 -e_j U_jk (Frantar et al., arXiv:2210.17323). With ``asymmetry`` a > 0 it also makes up for what the rounding
-of earlier layers changed in the inputs: with X0 the same tokens' inputs in the original model, column k further
-changes by w_j P_jk, where P = a triu((X0 - X)^T X U^T / n, 1) U, as in GPTAQ (Li et al., arXiv:2504.02692),
-whose a is 1/4.
+of earlier layers changed in the inputs: with X0 the same tokens' inputs in the original model, column k
+further changes by w_j P_jk, where P = a triu((X0 - X)^T X U^T / n, 1) U, as in GPTAQ (Li et al.,
+arXiv:2504.02692), whose a is 1/4. :mod:`fourfold.compress.calibrated.column_feedback` says how this is
+computed without an inverse.
 
 Block formats share a scale among neighbouring columns. A block's scale is taken when its first column is
 reached, from the weights as they then are. ``order: activation`` works through whole blocks, those with the
 largest inputs first, so that blocks stay as they are stored and no reader needs to know of the order.
 
-Price: one more run of the layer (three with ``asymmetry``), and per distinct input one or two [in, in]
-matrices and a Cholesky factor; linear layers that share an input share them.
+Price: one more run of the layer (two with ``asymmetry``), and per distinct input one or two [in, in] matrices
+and a Cholesky factor, or as long as there are few tokens the inputs themselves; linear layers that share an
+input share them.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
 
+from fourfold.compress.calibrated.column_feedback import DenseFeedback, Feedback, TokenFeedback
+from fourfold.compress.calibrated.column_rounding import Grid, round_columns
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.passes.rtn import check_finite
 from fourfold.compress.pipeline import Pass
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
 from fourfold.core.records import Record
-from fourfold.formats import BlockFormat, BlockTensor, get_format
+from fourfold.formats import BlockTensor, get_format
 
 STATISTICS_BYTES = 8 * 2**30
-COLUMNS_AT_ONCE = 128  # later columns are updated once per so many
+INPUTS_PER_TOKEN = 4  # matrices [in, in] take over once there are more tokens than a share of the inputs
 
 
 class Options(Record):
@@ -44,18 +49,45 @@ class Options(Record):
 
 @dataclass
 class Statistics:
-    """Of one input: H [in, in], and D = (X0 - X)^T X [in, in] of its shift; sums over tokens."""
+    """Of one input: the tokens' inputs [n, in] in ``x`` and their shifts X0 - X in ``shifts``, or, once there
+    are many, the sums over tokens H = X^T X and (X0 - X)^T X, [in, in] each.
+    """
 
-    hessian: torch.Tensor
-    shift: torch.Tensor | None
     tokens: int = 0
+    x: list[torch.Tensor] = field(default_factory=list)
+    shifts: list[torch.Tensor] = field(default_factory=list)
+    hessian: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor, shift: torch.Tensor | None) -> None:
+        """Count the inputs ``x`` [n, in]."""
+        self.tokens += len(x)
+        self.x.append(x)
+        self.shifts.append(torch.zeros_like(x) if shift is None else shift)
+        if self.hessian is not None or self.tokens > x.shape[-1] // INPUTS_PER_TOKEN:
+            self._condense()
+
+    def _condense(self) -> None:
+        width = self.x[0].shape[-1]
+        if self.hessian is None:
+            self.hessian = self.x[0].new_zeros(width, width)
+        while self.x:
+            x, shift = self.x.pop(), self.shifts.pop()
+            self.hessian += product(x.T, x)
+            if shift.any():
+                if self.shift is None:
+                    self.shift = torch.zeros_like(self.hessian)
+                self.shift += product(shift.T, x)
 
 
 def round_layer(work: LayerWork, options: Options) -> None:
-    """Round every linear layer of the scheme. Raises FourfoldError that names one whose H is not finite."""
-    shared = shared_inputs(work, list(work.schemes))
+    """Round every linear layer of the scheme. Raises FourfoldError that names one whose inputs are not
+    finite, or whose H stays without a Cholesky factor.
+    """
+    shared, seen = shared_inputs(work, list(work.schemes))
     for names in portions(work, list(shared), options):
-        statistics = collect(work, names, options)
+        statistics = collect(work, names, options, seen)
+        seen = {}  # from here on the layer is another
         for first in names:
             if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
                 round_together(work, shared[first], statistics.pop(first), options)
@@ -77,9 +109,10 @@ def portions(work: LayerWork, names: list[str], options: Options) -> list[list[s
     return found
 
 
-def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
-    """``names`` of one module put together where their inputs are equal, under the first of each. Two experts
-    may get the same tokens of the first batch, and others later.
+def shared_inputs(work: LayerWork, names: list[str]) -> tuple[dict[str, list[str]], dict[str, torch.Tensor]]:
+    """``names`` of one module put together where their inputs are equal, under the first of each; and the
+    first batch's input [n, in] of each first. Two experts may get the same tokens of that batch, and others
+    later.
     """
     seen: dict[str, torch.Tensor] = {}
     shared: dict[str, list[str]] = {}
@@ -87,7 +120,7 @@ def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
     def see(name: str, x: torch.Tensor) -> None:
         scheme = work.schemes[name]
         for first, other in seen.items():
-            if scheme == work.schemes[first] and _beside(name, first) and torch.equal(x, other):
+            if scheme == work.schemes[first] and _beside(name, first) and _equal(x, other):
                 shared[first].append(name)
                 return
         seen[name], shared[name] = x, [name]
@@ -96,48 +129,56 @@ def shared_inputs(work: LayerWork, names: list[str]) -> dict[str, list[str]]:
     for name in names:
         if not any(name in together for together in shared.values()):
             shared[name] = [name]
-    return shared
+    return shared, seen
+
+
+def _equal(x: torch.Tensor, other: torch.Tensor) -> bool:
+    return x.shape == other.shape and (x.data_ptr() == other.data_ptr() or torch.equal(x, other))
 
 
 def _beside(first: str, second: str) -> bool:
     return first.rpartition(".")[0] == second.rpartition(".")[0]
 
 
-def collect(work: LayerWork, names: list[str], options: Options) -> dict[str, Statistics]:
-    """H and D of each of ``names`` over the calibration set, as means over tokens."""
+def collect(
+    work: LayerWork, names: list[str], options: Options, seen: dict[str, torch.Tensor]
+) -> dict[str, Statistics]:
+    """What is needed of each of ``names`` over the calibration set. ``seen`` are inputs of the first batch,
+    where they are at hand.
+    """
     found: dict[str, Statistics] = {}
     for batch, hidden in enumerate(work.inputs):
-        base: dict[str, torch.Tensor] = {}
-        if options.asymmetry:
-            assert work.base_inputs is not None
-            # the two models send a token to different experts, so that their inputs cannot be paired
-            paired = [name for name in names if ".experts." not in name]
-            work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
+        base = _base_inputs(work, names, batch) if options.asymmetry else {}
+        same = bool(options.asymmetry) and base is None
 
-        def see(name: str, x: torch.Tensor, base: dict[str, torch.Tensor] = base) -> None:
+        def see(
+            name: str, x: torch.Tensor, base: dict[str, torch.Tensor] | None = base, same: bool = same
+        ) -> None:
             served = work.linears[name].as_served(x).float()
-            add(found, name, served, base.get(name))
+            original = x if same and served is not x else (base or {}).pop(name, None)
+            paired = original is not None and original.shape == served.shape and ".experts." not in name
+            shift = original.float() - served if paired and original is not None else None
+            found.setdefault(name, Statistics()).add(served, shift)
 
-        work.observe(names, see, [hidden])
-    for statistics in found.values():
-        statistics.hessian /= statistics.tokens
-        if statistics.shift is not None:
-            statistics.shift /= statistics.tokens
+        if batch == 0 and seen:
+            for name in names:
+                if name in seen:
+                    see(name, seen.pop(name))
+        else:
+            work.observe(names, see, [hidden])
     return found
 
 
-def add(found: dict[str, Statistics], name: str, x: torch.Tensor, base: torch.Tensor | None) -> None:
-    """Count the inputs ``x`` [n, in] of ``name``; ``base`` are the same tokens' in the original model."""
-    width = x.shape[-1]
-    if name not in found:
-        found[name] = Statistics(x.new_zeros(width, width), None)
-    statistics = found[name]
-    statistics.tokens += len(x)
-    statistics.hessian += product(x.T, x)
-    if base is not None and base.shape == x.shape:
-        if statistics.shift is None:
-            statistics.shift = torch.zeros_like(statistics.hessian)
-        statistics.shift += product((base.float() - x).T, x)
+def _base_inputs(work: LayerWork, names: list[str], batch: int) -> dict[str, torch.Tensor] | None:
+    """The same tokens' inputs in the original model, None when nothing before this layer was rounded."""
+    assert work.base_inputs is not None
+    if work.base_inputs[batch] is work.inputs[batch]:
+        return None
+    base: dict[str, torch.Tensor] = {}
+    # the two models send a token to different experts, so that their inputs cannot be paired
+    paired = [name for name in names if ".experts." not in name]
+    work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
+    return base
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -169,91 +210,80 @@ def rows_of(tensor: BlockTensor, start: int, end: int) -> BlockTensor:
 def gptq(
     name: str, weight: torch.Tensor, scheme: LayerScheme, statistics: Statistics, options: Options
 ) -> BlockTensor:
-    """``weight`` [out, in] rounded to the scheme's format."""
+    """``weight`` [out, in] rounded to the scheme's format; ``statistics`` are used up."""
     block_format = get_format(scheme.weight)
     size = block_format.block_size or weight.shape[-1]
-    order = block_order(statistics.hessian.diagonal(), size, options)
-    hessian = statistics.hessian[order][:, order]
-    factor = inverse_factor(name, hessian, options.damping)
-    pull = None
-    if statistics.shift is not None:
-        shift = statistics.shift[order][:, order]
-        pull = options.asymmetry * (shift @ factor.T).triu_(1) @ factor
+    diagonal = mean_squares(name, statistics)
+    order = block_order(diagonal, size, options)
+    feedback = damped(name, float(diagonal.mean()), options.damping, feedback_of(statistics, order, options))
     grid = Grid(block_format, scheme.scale_rule, block_format.whole_scale(weight), options.search)
-    values, scales = sweep(weight.T[order].float().contiguous(), factor, pull, size, grid)
+    values = weight.float()[:, order].T.contiguous()
+    scales = round_columns(values, feedback, size, grid)
+    del feedback
     back = torch.argsort(order)
-    stored = scales[0] if len(scales) == 1 else torch.cat([scales[i] for i in back[::size] // size], -1)
+    stored = scales[0] if len(scales) == 1 else torch.cat(scales, -1)[:, back[::size] // size]
     return block_format.quantize_with_scales(
-        values[back].T.contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
+        values.T[:, back].contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
     )
 
 
-@dataclass
-class Grid:
-    """The values that a block of columns may take."""
-
-    block_format: BlockFormat
-    rule: str | None
-    whole: torch.Tensor | None
-    search: bool
-
-    def scales(self, columns: torch.Tensor, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scales of ``columns`` [block, out] as they are held, and what they multiply by [out].
-
-        With ``search`` the one of three neighbours that leaves the least error, each column's error counted
-        by its ``pivots`` as GPTQ's loss counts it.
-        """
-        rows = columns.T.contiguous()
-        held = self.block_format.scales(rows, self.rule, self.whole)
-        if not self.search or not held.ndim:
-            return held, self._multipliers(held, len(rows))
-        start = self._multipliers(held, len(rows))
-        best, best_error = start, torch.full_like(start, torch.inf)
-        for factor in (1.0, 2.0, 0.5) if self.block_format.scale == "e8m0" else (1.0, 0.95, 0.9, 0.85, 0.8):
-            tried = self.block_format.nearest_scales((start * factor)[:, None], self.whole)
-            multiplier = self._multipliers(tried, len(rows))
-            error = ((self.round(columns, multiplier) - columns) / pivots[:, None]).square().sum(0)
-            better = error < best_error
-            best, best_error = torch.where(better, multiplier, best), torch.where(better, error, best_error)
-        return self.block_format.nearest_scales(best[:, None], self.whole), best
-
-    def round(self, columns: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        """``columns`` [..., out] at the nearest values under ``multiplier`` [out]."""
-        return self.block_format.element.round(columns / multiplier).mul_(multiplier)
-
-    def whole_if_two_levels(self) -> torch.Tensor | None:
-        """The global scale that is stored beside block scales."""
-        return self.whole if self.block_format.block_size else None
-
-    def _multipliers(self, held: torch.Tensor, rows: int) -> torch.Tensor:
-        return self.block_format.multipliers(held, self.whole_if_two_levels()).reshape(-1).expand(rows)
+def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
+    """The diagonal of H [in]. Raises FourfoldError when an input is not finite."""
+    if statistics.hessian is not None:
+        total = statistics.hessian.diagonal().clone()
+    else:
+        total = torch.stack([x.square().sum(0) for x in statistics.x]).sum(0)
+    shifts = statistics.shifts if statistics.shift is None else [statistics.shift]
+    if not total.isfinite().all() or not all(shift.isfinite().all() for shift in shifts):
+        raise FourfoldError(
+            f"The calibration inputs of {name} are not finite, or too large to be squared in float32, so "
+            "that GPTQ cannot weigh its columns. Check that the original model gives finite outputs on this "
+            "calibration text, or add a `keep` entry for this layer to the recipe and resume (--resume)."
+        )
+    return total / statistics.tokens
 
 
-def sweep(
-    w: torch.Tensor, factor: torch.Tensor, pull: torch.Tensor | None, size: int, grid: Grid
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Round ``w`` [in, out] row by row, which are the weight's columns: its values, and each block's scales."""
-    scales: list[torch.Tensor] = []
-    multiplier = w[0]
-    pivots = factor.diagonal()
-    for begin in range(0, len(w), COLUMNS_AT_ONCE):
-        end = min(begin + COLUMNS_AT_ONCE, len(w))
-        errors, before = torch.empty_like(w[begin:end]), w[begin:end].clone()
-        for j in range(begin, end):
-            if j % size == 0:
-                held, multiplier = grid.scales(w[j : j + size], pivots[j : j + size])
-                scales.append(held)
-            before[j - begin] = w[j]
-            w[j] = grid.round(w[j], multiplier)
-            error = (before[j - begin] - w[j]).div_(pivots[j])
-            errors[j - begin] = error
-            w[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
-            if pull is not None:
-                w[j + 1 : end].addr_(pull[j, j + 1 : end], before[j - begin])
-        w[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-        if pull is not None:
-            w[end:].addmm_(pull[begin:end, end:].T, before)
-    return w, scales
+def feedback_of(
+    statistics: Statistics, order: torch.Tensor, options: Options
+) -> Callable[[float], Feedback | None]:
+    """How to make the feedback in ``order`` with a given ridge. Takes the tensors out of ``statistics``."""
+    natural = torch.equal(order, torch.arange(len(order), device=order.device))
+    if statistics.hessian is None:
+        scale = statistics.tokens**-0.5
+        x = torch.cat(statistics.x)[:, order].mul_(scale)
+        shift = torch.cat(statistics.shifts)
+        shift = shift[:, order].mul_(scale * options.asymmetry) if shift.any() else None
+        statistics.x, statistics.shifts = [], []
+        return lambda ridge: TokenFeedback.make(x, shift, ridge)
+    hessian, moved = statistics.hessian.div_(statistics.tokens), statistics.shift
+    statistics.hessian = statistics.shift = None
+    if moved is not None:
+        moved.mul_(options.asymmetry / statistics.tokens)
+    if not natural:
+        hessian = hessian[order[:, None], order]
+        moved = None if moved is None else moved[order[:, None], order]
+    return lambda ridge: DenseFeedback.make(hessian, moved, ridge)
+
+
+Made = TypeVar("Made")
+
+
+def damped(name: str, mean: float, damping: float, make: Callable[[float], Made | None]) -> Made:
+    """What ``make(ridge)`` gives for a share ``damping`` of the ``mean`` diagonal, tenfold until it gives
+    any. Raises FourfoldError with all that was tried. Inputs that are all zero weigh every error the same.
+    """
+    tried: list[float] = []
+    while damping <= 1:
+        tried.append(damping)
+        made = make(damping * (mean or 1.0))
+        if made is not None:
+            return made
+        damping *= 10
+    raise FourfoldError(
+        f"The Hessian of {name} is not positive definite, with damping {', '.join(f'{d:g}' for d in tried)} "
+        "times its mean diagonal. Calibrate with more sequences (--samples), or set a larger `damping` of "
+        "gptq in the recipe. A run that ends for another reason keeps its finished layers with --resume."
+    )
 
 
 def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Tensor:
@@ -262,23 +292,6 @@ def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Te
     if options.order == "natural":
         return columns.flatten()
     return columns[diagonal.view(-1, size).sum(-1).argsort(descending=True, stable=True)].flatten()
-
-
-def inverse_factor(name: str, hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped ``hessian`` [in, in]."""
-    if not hessian.isfinite().all():
-        raise FourfoldError(f"The inputs of {name} are not finite.")
-    mean = hessian.diagonal().mean()
-    while damping <= 1:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        damping *= 10
-    raise FourfoldError(f"The Hessian of {name} is not positive definite.")
 
 
 PASS = Pass("gptq", "round", layer=round_layer, options=Options, needs_base=lambda o: o.asymmetry > 0)
