@@ -11,6 +11,7 @@ from fourfold import __version__
 from fourfold.core.durable import write_file, writing
 from fourfold.core.records import FormatGroup, Frontier
 from fourfold.report.charts import embed
+from fourfold.report.digits import size
 from fourfold.report.page import asset
 
 
@@ -26,6 +27,7 @@ def write_frontier(record: Frontier, page: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["size"] = size
     html = environment.get_template("frontier.html").render(
         record=record,
         formats=formats_of(record),
@@ -50,7 +52,7 @@ def frontier_data(record: Frontier) -> dict[str, Any]:
     """What the chart draws: points in order, and the share of groups in each format."""
     return {
         "points": [
-            {"bits": p.bits, "bytes": p.size_bytes, "kl": p.predicted_kl, "groups": p.groups}
+            {"bits": p.bits, "size": size(p.size_bytes), "kl": p.predicted_kl, "groups": p.groups}
             for p in record.points
         ],
         "formats": formats_of(record),

@@ -90,7 +90,7 @@ def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: floa
     owner = np.repeat(np.arange(len(groups)), [len(g.nbytes) for g in groups])
     one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     # HiGHS compares with absolute tolerances, so both sides are brought to the size of one
-    unit, scale = max(least.max(), 1e-300), max(limit, 1e-300)
+    unit, scale = least.max() or 1.0, limit or most.max() or 1.0
     solution = milp(
         least / unit,
         integrality=np.ones(len(owner)),

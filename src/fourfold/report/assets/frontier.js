@@ -12,7 +12,7 @@
     const box = document.createElement("div");
     const lines = [
       point.bits.toFixed(3) + " bits a weight" + (index === data.chosen ? " (chosen)" : ""),
-      (point.bytes / 1e6).toFixed(1) + " MB in all",
+      point.size + " in all",
       "predicted KL " + point.kl.toPrecision(3),
       ...Object.entries(point.groups).map(([form, count]) => form + ": " + count + " groups"),
     ];
@@ -45,8 +45,8 @@
         textStyle: { fontFamily: getComputedStyle(document.body).fontFamily },
         legend: { top: 0, textStyle: { color: ink, fontSize: 13 }, data: ["frontier", "chosen", ...data.formats] },
         grid: [
-          { left: 78, right: 20, top: 64, height: 250 },
-          { left: 78, right: 20, top: 372, height: 130 },
+          { left: 78, right: 20, top: 64, height: 250, outerBoundsMode: "none" },
+          { left: 78, right: 20, top: 372, height: 130, outerBoundsMode: "none" },
         ],
         tooltip: { trigger: "item", confine: true, backgroundColor: panel, borderColor: line, textStyle: { color: ink, fontSize: 13 } },
         xAxis: [0, 1].map((grid) =>
@@ -58,7 +58,7 @@
         ],
         series: [
           { name: "frontier", type: "line", data: shown, symbol: "circle", symbolSize: 8, color: soft, tooltip: { formatter: (at) => tip(at.data[2]) } },
-          { name: "chosen", type: "scatter", data: chosen, symbol: "diamond", symbolSize: 20, color: colours[1], z: 5, tooltip: { formatter: (at) => tip(at.data[2]) } },
+          { name: "chosen", type: "scatter", data: chosen, symbol: "diamond", symbolSize: 20, color: ink, z: 5, tooltip: { formatter: (at) => tip(at.data[2]) } },
           ...data.formats.map((form, index) => ({
             name: form,
             type: "line",

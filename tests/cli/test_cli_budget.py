@@ -1,0 +1,55 @@
+"""``fourfold quantize --budget``: the frontier shown and drawn, and the checkpoint that it leads to."""
+
+import json
+
+import pytest
+
+from fourfold.checkpoint.verify import verify
+from fourfold.cli.records import QuantizationRecord
+from fourfold.core.manifest import read_manifest
+from fourfold.core.records import Frontier
+
+
+@pytest.fixture
+def words(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(2000)))
+    return ("--calibration", text, "--samples", 4, "--sequence-tokens", 32, "--device", "cpu")
+
+
+def test_a_dry_run_shows_and_draws_the_frontier(fourfold, tiny_llama, words, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "f.json"
+    outcome = fourfold("quantize", tiny_llama, out, "--budget", "5bits", "--dry-run", "--json", file, *words)
+    assert outcome.code == 0, outcome.err
+    record = Frontier.model_validate_json(file.read_text())
+    point = record.points[record.chosen]
+    assert point.bits <= 5 and f"{point.bits:.3f}" in outcome.out and "chosen" in outcome.out
+    assert record.samples == 4 and record.sequence_tokens == 32
+    page = (tmp_path / "out-frontier.html").read_text()
+    assert f'<data value="{point.predicted_kl}">' in page and "http-equiv" in page
+    assert not out.exists() and not (tmp_path / "out-recipe.yaml").exists()
+
+
+def test_a_run_writes_what_was_chosen_and_resumes_with_it(fourfold, tiny_llama, words, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "q.json"
+    outcome = fourfold("quantize", tiny_llama, out, "--budget", "5bits", "--json", file, *words)
+    assert outcome.code == 0, outcome.err
+    record = QuantizationRecord.model_validate_json(file.read_text())
+    assert record.frontier is not None and record.recipe == "mxfp4 within 5bits"
+    assert verify(out).passed
+    first = read_manifest(out)
+    again = tmp_path / "again"
+    (tmp_path / "again-recipe.yaml").write_text((tmp_path / "out-recipe.yaml").read_text())
+    outcome = fourfold("quantize", tiny_llama, again, "--budget", "5bits", "--resume", *words)
+    assert outcome.code == 0, outcome.err
+    assert "best mixtures" not in outcome.out  # what was chosen is not measured again
+    second = read_manifest(again)
+    assert first is not None and second is not None and first.sha256 == second.sha256
+    assert first.recipe == second.recipe and json.dumps(first.recipe["rules"]) != "[]"
+
+
+@pytest.mark.parametrize("budget, said", [("4bits", "cannot be kept"), ("some", "not understood")])
+def test_budgets_that_make_no_sense_are_refused(fourfold, tiny_llama, words, tmp_path, budget, said):
+    outcome = fourfold("quantize", tiny_llama, tmp_path / "out", "--budget", budget, *words)
+    assert outcome.code == 2 and said in outcome.err
+    assert not list(tmp_path.glob("out*"))
