@@ -5,6 +5,7 @@ held turned, [in, out], so that a column of the weight is a run of memory. Price
 and with a search for scales one rounding more of everything for every scale that is tried.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,9 @@ class Grid:
         if not self.search or not held.ndim:
             return held, start
         best, best_error = start, torch.full_like(start, torch.inf)
-        for factor in (1.0, 2.0, 0.5) if self.block_format.scale == "e8m0" else (1.0, 0.95, 0.9, 0.85, 0.8):
-            tried = self.block_format.nearest_scales((start * factor)[:, None], self.whole)
-            multiplier = self._multipliers(tried, columns.shape[-1])
-            error = self.round(columns, multiplier).sub_(columns).mul_(importance[:, None]).square_().sum(0)
+        counts = importance.square()
+        for multiplier in self._neighbours(start):
+            error = counts @ self.round(columns, multiplier).sub_(columns).square_()
             better = error < best_error
             best, best_error = torch.where(better, multiplier, best), torch.where(better, error, best_error)
         return self.block_format.nearest_scales(best[:, None], self.whole), best
@@ -50,6 +50,17 @@ class Grid:
     def whole_if_two_levels(self) -> torch.Tensor | None:
         """The global scale that is stored beside block scales."""
         return self.whole if self.block_format.block_size else None
+
+    def _neighbours(self, start: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Multipliers [out] that scales can stand for, with ``start`` first."""
+        yield start
+        if self.block_format.scale == "e8m0":
+            yield (start * 2).clamp_max_(2.0**127)
+            yield (start / 2).clamp_min_(2.0**-127)
+            return
+        for factor in (0.95, 0.9, 0.85, 0.8):
+            held = self.block_format.nearest_scales((start * factor)[:, None], self.whole)
+            yield self._multipliers(held, len(start))
 
     def _multipliers(self, held: torch.Tensor, rows: int) -> torch.Tensor:
         return self.block_format.multipliers(held, self.whole_if_two_levels()).reshape(-1).expand(rows)
@@ -93,10 +104,11 @@ class Sweep:
     def standing(self, columns: slice) -> torch.Tensor:
         """``columns`` as the rounding of all before them leaves them; ``before`` is so for the first."""
         own = self.w[columns]
-        change = torch.linalg.solve_triangular(
-            self._factor[columns, columns].T, self.before[columns] - own, upper=False, unitriangular=True
+        one = torch.eye(len(own), dtype=own.dtype, device=own.device)
+        inverse = torch.linalg.solve_triangular(
+            self._factor[columns, columns], one, upper=True, unitriangular=True
         )
-        return change.add_(own)
+        return torch.addmm(own, inverse.T, self.before[columns] - own)
 
     def round(self, begin: int, count: int, grid: Grid, multiplier: torch.Tensor) -> None:
         """Round ``count`` columns under one ``multiplier`` [out]."""

@@ -217,13 +217,15 @@ def gptq(
     order = block_order(diagonal, size, options)
     feedback = damped(name, float(diagonal.mean()), options.damping, feedback_of(statistics, order, options))
     grid = Grid(block_format, scheme.scale_rule, block_format.whole_scale(weight), options.search)
-    values = weight.float()[:, order].T.contiguous()
+    values = weight.float().T.contiguous()
+    values = values if is_natural(order) else values[order]
     scales = round_columns(values, feedback, size, grid)
     del feedback
     back = torch.argsort(order)
+    values = values if is_natural(order) else values[back]
     stored = scales[0] if len(scales) == 1 else torch.cat(scales, -1)[:, back[::size] // size]
     return block_format.quantize_with_scales(
-        values.T[:, back].contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
+        values.T.contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
     )
 
 
@@ -247,7 +249,6 @@ def feedback_of(
     statistics: Statistics, order: torch.Tensor, options: Options
 ) -> Callable[[float], Feedback | None]:
     """How to make the feedback in ``order`` with a given ridge. Takes the tensors out of ``statistics``."""
-    natural = torch.equal(order, torch.arange(len(order), device=order.device))
     if statistics.hessian is None:
         scale = statistics.tokens**-0.5
         x = torch.cat(statistics.x)[:, order].mul_(scale)
@@ -259,7 +260,7 @@ def feedback_of(
     statistics.hessian = statistics.shift = None
     if moved is not None:
         moved.mul_(options.asymmetry / statistics.tokens)
-    if not natural:
+    if not is_natural(order):
         hessian = hessian[order[:, None], order]
         moved = None if moved is None else moved[order[:, None], order]
     return lambda ridge: DenseFeedback.make(hessian, moved, ridge)
@@ -284,6 +285,11 @@ def damped(name: str, mean: float, damping: float, make: Callable[[float], Made 
         "times its mean diagonal. Calibrate with more sequences (--samples), or set a larger `damping` of "
         "gptq in the recipe. A run that ends for another reason keeps its finished layers with --resume."
     )
+
+
+def is_natural(order: torch.Tensor) -> bool:
+    """Whether columns stay where they are."""
+    return bool((order[1:] > order[:-1]).all())
 
 
 def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Tensor:

@@ -147,7 +147,7 @@ class BlockFormat(ABC):
         layout, rule = self._checked(x, rule)
         runs = self._runs(x)
         whole = self._whole(runs) if whole is None else whole
-        own = self._encode(runs.float(), rule, whole)[1]
+        own = self._own_scales(runs.float(), rule, whole)
         return whole if own is None else own.view(layout["scales"][0])  # pyright: ignore[reportReturnType]
 
     def quantize_with_scales(
@@ -242,6 +242,12 @@ class BlockFormat(ABC):
     def _decode(
         self, codes: torch.Tensor, scales: torch.Tensor | None, whole: torch.Tensor | None
     ) -> torch.Tensor: ...
+
+    def _own_scales(
+        self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The scales of ``_encode``."""
+        return self._encode(values, rule, whole)[1]
 
     def _round(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None

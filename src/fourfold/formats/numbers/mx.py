@@ -49,6 +49,13 @@ class MXFormat(BlockFormat):
             byte, codes = self._keep_better(values, byte, codes)
         return codes.masked_fill_((byte == NAN_BYTE)[:, None], 0), byte
 
+    def _own_scales(
+        self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if rule is ScaleRule.MSE:
+            return super()._own_scales(values, rule, whole)
+        return shared_exponent_byte(values.abs().amax(-1), self.element, rule or ScaleRule.EVEN)
+
     def _round(
         self, values: torch.Tensor, rule: ScaleRule | None, whole: torch.Tensor | None
     ) -> torch.Tensor:
