@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy/budget.py MODEL WORK --calibration TEXT --texts TEXT...
 
-Formats are chosen by ``fourfold.compress.budget`` and weights rounded to nearest; every checkpoint is judged
-beside MODEL by the same arithmetic (simulated.py) on the same windows. Fails when the frontier, or what was
+Formats are chosen by ``fourfold.compress.budget`` and weights rounded by RECIPE, to nearest unless told
+otherwise; every checkpoint is judged beside MODEL by the same arithmetic (simulated.py) on the same windows. Fails when the frontier, or what was
 measured along it, is not monotone.
 """
 
@@ -17,7 +17,8 @@ from simulated import SimulatedModel, score
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import Recipe, load_recipe, quantize
-from fourfold.compress.budget.fit import fit_budget
+from fourfold.compress.budget.budgets import parse_budget
+from fourfold.compress.budget.fit import measure, within
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.calibration_data import read_calibration
 from fourfold.engine import Tokenizer
@@ -36,8 +37,9 @@ def main() -> None:
     base = SimulatedModel(args.model, args.device)
     recipe = load_recipe(args.recipe)
     rows = [judged("all " + recipe.name, recipe, None, args, calibration, windows, base)]
-    for budget in BUDGETS:
-        fitted, frontier = fit_budget(args.model, recipe, args.dialect, budget, calibration, args.device)
+    measured = measure(args.model, recipe, args.dialect, calibration, args.device)
+    for budget in args.budgets:
+        fitted, frontier = within(measured, parse_budget(budget))
         check_monotone([point.predicted_kl for point in frontier.points], "the frontier's predicted KL")
         point = frontier.points[frontier.chosen]
         if len(rows) == 1:
@@ -113,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path, help="folder for the checkpoints; they must not be there yet")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--recipe", default="mxfp4")
     parser.add_argument("--dialect", default="compressed-tensors")
     parser.add_argument("--samples", type=int, default=32)

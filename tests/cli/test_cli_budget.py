@@ -1,7 +1,5 @@
 """``fourfold quantize --budget``: the frontier shown and drawn, and the checkpoint that it leads to."""
 
-import json
-
 import pytest
 
 from fourfold.checkpoint.verify import verify
@@ -45,7 +43,7 @@ def test_a_run_writes_what_was_chosen_and_resumes_with_it(fourfold, tiny_llama, 
     assert "best mixtures" not in outcome.out  # what was chosen is not measured again
     second = read_manifest(again)
     assert first is not None and second is not None and first.sha256 == second.sha256
-    assert first.recipe == second.recipe and json.dumps(first.recipe["rules"]) != "[]"
+    assert first.recipe == second.recipe and first.recipe is not None and len(first.recipe["rules"]) > 1
 
 
 @pytest.mark.parametrize("budget, said", [("4bits", "cannot be kept"), ("some", "not understood")])

@@ -24,7 +24,7 @@ def fit(
 ) -> "tuple[Recipe, Frontier]":
     """``recipe`` with the formats that are best within ``budget``, and the frontier.
 
-    They are measured on at most 64 sequences of 256 tokens of the calibration text.
+    They are measured on at most 128 sequences of 128 tokens of the calibration text.
     """
     from fourfold.compress.budget.budgets import parse_budget
     from fourfold.compress.budget.fit import SEQUENCE_TOKENS, SEQUENCES, fit_budget

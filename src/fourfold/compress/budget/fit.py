@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +34,29 @@ from fourfold.core.quantization import LayerScheme
 from fourfold.core.records import FormatGroup, Frontier, FrontierPoint
 
 KEPT = "kept"
-SEQUENCES = 64  # costs are then known within some 20 %, each; their sums far better
-SEQUENCE_TOKENS = 256
+# each sequence is one sample of every cost, however long it is: with 128 a cost is known within some 13 %
+SEQUENCES = 128
+SEQUENCE_TOKENS = 128
 
 UNTOUCHED = LayerScheme(weight="untouched")
 
 Schemes = dict[str, dict[str, LayerScheme]]
 """Module name -> format -> scheme."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What each group of ``model`` costs and weighs in each format; ``rest`` is the bytes of all else."""
+
+    source: str
+    recipe: Recipe
+    dialect: str
+    model: Model
+    schemes: Schemes
+    groups: list[Group]
+    rest: int
+    calibration: CalibrationSet
+    notes: list[str]
 
 
 def fit_budget(
@@ -53,31 +70,55 @@ def fit_budget(
 ) -> tuple[Recipe, Frontier]:
     """``recipe`` with rules by module name that keep to ``budget``, and the frontier it was chosen from.
 
+    Raises as ``measure`` and ``within`` do.
+    """
+    budget = parse_budget(budget) if isinstance(budget, str) else budget
+    return within(measure(source, recipe, dialect, calibration, device, progress), budget)
+
+
+def measure(
+    source: str | Path,
+    recipe: str | Path | Recipe,
+    dialect: str,
+    calibration: CalibrationSet,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """What there is to choose from for the weights that ``recipe`` rounds.
+
     The formats weighed are the recipe's own, MXFP4, MXFP6 (E2M3), MXFP8 (E4M3), FP8 per channel, and the
     weight as it is, as far as ``dialect`` can store them. ``progress(done, sequences)`` is told of the
-    measurement. Raises UsageError for a budget that cannot be kept or that nothing must be rounded for, and
-    FourfoldError where the whole model does not fit into memory.
+    measurement. Raises UsageError for a recipe that rounds nothing, and FourfoldError where the whole model
+    does not fit into memory.
     """
     recipe, target = load_recipe(recipe), get_writable(dialect)
-    budget = parse_budget(budget) if isinstance(budget, str) else budget
     check_recipe(recipe)
     if not recipe.formats:
         raise UsageError(f"The recipe '{recipe.name}' rounds nothing, so a budget has nothing to choose.")
     model = resolve(open_source(source), recipe).model
     schemes = _schemes(model, target)
     costs = _measured(Skeleton(model, torch.device(device)), schemes, calibration, progress)
-    groups = _groups(model, target, recipe, schemes, costs)
-    rest = _rest_bytes(model, target, recipe)
+    groups, rest = _groups(model, target, recipe, schemes, costs), _rest_bytes(model, target, recipe)
+    notes = _notes(schemes, costs)
+    return Measured(str(source), recipe, dialect, model, schemes, groups, rest, calibration, notes)
+
+
+def within(measured: Measured, budget: Budget) -> tuple[Recipe, Frontier]:
+    """The recipe with rules by module name that is best within ``budget``, and the frontier.
+
+    Raises UsageError for a budget that cannot be kept, or that nothing must be rounded for.
+    """
+    groups, rest = measured.groups, measured.rest
     chosen, choices = _with_frontier(groups, _choose(groups, budget, rest))
     if set(chosen.formats) == {KEPT}:
         raise UsageError(f"Nothing needs to be rounded for the budget {budget.text}. {_range(groups, rest)}")
     formats = {m: f for g, f in zip(groups, chosen.formats, strict=True) for m in g.modules}
-    fitted = _recipe(recipe, budget, model, {m: schemes[m].get(f) for m, f in formats.items()})
-    samples, length = calibration.token_ids.shape
+    schemes = {m: measured.schemes[m].get(f) for m, f in formats.items()}
+    samples, length = measured.calibration.token_ids.shape
     record = Frontier(
-        source=str(source),
-        recipe=recipe.name,
-        dialect=dialect,
+        source=measured.source,
+        recipe=measured.recipe.name,
+        dialect=measured.dialect,
         budget=budget.text,
         points=[_point(groups, choice, rest) for choice in choices],
         chosen=choices.index(chosen),
@@ -87,9 +128,9 @@ def fit_budget(
         ],
         samples=samples,
         sequence_tokens=length,
-        notes=_notes(schemes, costs),
+        notes=measured.notes,
     )
-    return fitted, record
+    return _recipe(measured.recipe, budget, measured.model, schemes), record
 
 
 def _schemes(model: Model, dialect: Dialect) -> Schemes:
