@@ -3,8 +3,8 @@
     python benchmarks/accuracy/budget.py MODEL WORK --calibration TEXT --texts TEXT...
 
 Formats are chosen by ``fourfold.compress.budget`` and weights rounded by RECIPE, to nearest unless told
-otherwise; every checkpoint is judged beside MODEL by the same arithmetic (simulated.py) on the same windows. Fails when the frontier, or what was
-measured along it, is not monotone.
+otherwise; every checkpoint is judged beside MODEL by the same arithmetic (simulated.py) on the same windows.
+Fails when the frontier, or what was measured along it, is not monotone.
 """
 
 import argparse
