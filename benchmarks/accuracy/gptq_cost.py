@@ -5,7 +5,8 @@ python benchmarks/accuracy/gptq_cost.py --python-llmcompressor LC/bin/python --p
 A random Llama (2 layers, hidden size 1024) and 256 random tokens are made in a temporary folder. Every run is
 a process of its own in its own environment; processor time (user and system) and peak resident memory come
 from wait4. Each tool rounds the model by GPTQ, and by round-to-nearest: the difference is what GPTQ itself
-costs, free of imports, loading and saving. Tools take turns; the table has medians of times, largest peaks.
+costs with what it needs of transformers. Tools take turns; the table has medians of times, largest peaks.
+Last comes the processor time inside Fourfold's pass alone, without imports, loading and saving, and the load.
 """
 
 import argparse
@@ -22,6 +23,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fourfold.compress import Recipe, quantize
+from fourfold.compress.calibrated.loop import LayerLoop
+from fourfold.compress.calibrated.work import LayerWork
+from fourfold.compress.calibration import CalibrationSet
 from fourfold.core.machine import describe_machine, now
 from fourfold.core.records import Machine, Record
 
@@ -53,6 +58,8 @@ class Costs(Record):
     layers: int
     tokens: int
     runs: dict[str, dict[str, list[Measurement]]]
+    passes_s: float
+    load: tuple[float, float, float]
 
 
 def main() -> int:
@@ -73,6 +80,7 @@ def main() -> int:
                     found.append(run(pythons[tool], tool, method, work, options.threads))
                     line = f"{found[-1].processor_s:.1f} s, {found[-1].peak_memory_bytes / 1e6:.0f} MB"
                     print(f"round {turn}: {tool} {method} {line}", flush=True)
+        inside = passes_s(work, options.threads)
     costs = Costs(
         created=now(),
         machine=describe_machine(),
@@ -82,6 +90,8 @@ def main() -> int:
         layers=options.layers,
         tokens=options.tokens,
         runs=runs,
+        passes_s=inside,
+        load=os.getloadavg(),
     )
     print_table(costs)
     if options.json:
@@ -146,6 +156,28 @@ def run(python: str, tool: str, method: str, work: Path, threads: int) -> Measur
     )
 
 
+def passes_s(work: Path, threads: int) -> float:
+    """Processor time of the layers' passes, in this process, where everything is imported by now."""
+    torch.set_num_threads(threads)
+    original, spent = LayerLoop.run_passes, []
+
+    def timed(loop: LayerLoop, layer: LayerWork) -> None:
+        begin = time.process_time()
+        original(loop, layer)
+        spent.append(time.process_time() - begin)
+
+    recipe = Recipe.model_validate(
+        {"name": "cost", "rules": [{"weight": "mxfp4", "scale_rule": "even"}], "passes": ["gptq"]}
+    )
+    tokens = torch.load(work / "tokens.pt", weights_only=True)
+    LayerLoop.run_passes = timed
+    try:
+        quantize(work / "model", work / "inside", recipe, calibration=CalibrationSet(tokens, "random", 0))
+    finally:
+        LayerLoop.run_passes = original
+    return sum(spent)
+
+
 def processor_s(costs: Costs, tool: str, method: str) -> float:
     """Median processor time."""
     return statistics.median(run.processor_s for run in costs.runs[tool][method])
@@ -166,6 +198,8 @@ def print_table(costs: Costs) -> None:
         print(
             f"| {tool:<14} | {whole:>12.1f} | {nearest:>14.1f} | {whole - nearest:>14.1f} | {memory:>15.0f} |"
         )
+    load = ", ".join(f"{value:.1f}" for value in costs.load)
+    print(f"\nInside Fourfold's pass alone: {costs.passes_s:.1f} s. Load averages: {load}.")
 
 
 def wins(costs: Costs) -> bool:
