@@ -137,7 +137,9 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     queries, keys = heads * head, (number("num_key_value_heads", heads) or 0) * head
     shapes = {"self_attn.k_proj.weight": (keys, hidden), "self_attn.v_proj.weight": (keys, hidden)}
     shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if not config.get("attn_output_gate"):
+    # Qwen3-Next and Qwen3.5 hold the gate of the output in q_proj, and not all of their files say so
+    always_gated = str(config.get("model_type")).startswith(("qwen3_next", "qwen3_5"))
+    if not config.get("attn_output_gate", always_gated):
         shapes["self_attn.q_proj.weight"] = (queries, hidden)
     if (vocabulary := number("vocab_size")) is not None:
         shapes |= {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
