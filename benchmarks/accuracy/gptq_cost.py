@@ -161,9 +161,9 @@ def passes_s(work: Path, threads: int) -> float:
     torch.set_num_threads(threads)
     original, spent = LayerLoop.run_passes, []
 
-    def timed(loop: LayerLoop, layer: LayerWork) -> None:
+    def timed(self: LayerLoop, work: LayerWork) -> None:
         begin = time.process_time()
-        original(loop, layer)
+        original(self, work)
         spent.append(time.process_time() - begin)
 
     recipe = Recipe.model_validate(
