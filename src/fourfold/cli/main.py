@@ -8,6 +8,7 @@ import atexit
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -65,6 +66,9 @@ def interruptible(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*arguments, **options)
         except KeyboardInterrupt:
+            # what was only half made when it came (an event loop, a coroutine) would complain as it goes
+            sys.unraisablehook = lambda _: None
+            warnings.simplefilter("ignore")
             raise typer.Exit(INTERRUPTED) from None
 
     return run
