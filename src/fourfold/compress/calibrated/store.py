@@ -42,7 +42,7 @@ class FinishedLayer(Record):
 
 
 class LayerStore:
-    """The finished parts of a calibrated run, by key (``layer-00003``, or the name of a pass that learned)."""
+    """The finished parts of a calibrated run by key: ``layer-00003``, or the name of a pass that learned."""
 
     def __init__(self, work: Path):
         self.folder = work / FOLDER
