@@ -50,12 +50,12 @@ class Options(Record):
 @dataclass
 class Statistics:
     """Of one input: the tokens' inputs [n, in] in ``x`` and their shifts X0 - X in ``shifts``, or, once there
-    are many, the sums over tokens H = X^T X and (X0 - X)^T X, [in, in] each.
+    are many, the sums over tokens H = X^T X and (X0 - X)^T X, [in, in] each. A shift of None is none.
     """
 
     tokens: int = 0
     x: list[torch.Tensor] = field(default_factory=list)
-    shifts: list[torch.Tensor] = field(default_factory=list)
+    shifts: list[torch.Tensor | None] = field(default_factory=list)
     hessian: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
@@ -63,7 +63,7 @@ class Statistics:
         """Count the inputs ``x`` [n, in]."""
         self.tokens += len(x)
         self.x.append(x)
-        self.shifts.append(torch.zeros_like(x) if shift is None else shift)
+        self.shifts.append(shift)
         if self.hessian is not None or self.tokens > x.shape[-1] // INPUTS_PER_TOKEN:
             self._condense()
 
@@ -74,7 +74,7 @@ class Statistics:
         while self.x:
             x, shift = self.x.pop(), self.shifts.pop()
             self.hessian += product(x.T, x)
-            if shift.any():
+            if shift is not None:
                 if self.shift is None:
                     self.shift = torch.zeros_like(self.hessian)
                 self.shift += product(shift.T, x)
@@ -235,8 +235,8 @@ def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
         total = statistics.hessian.diagonal().clone()
     else:
         total = torch.stack([x.square().sum(0) for x in statistics.x]).sum(0)
-    shifts = statistics.shifts if statistics.shift is None else [statistics.shift]
-    if not total.isfinite().all() or not all(shift.isfinite().all() for shift in shifts):
+    shifts = [*statistics.shifts, statistics.shift]
+    if not total.isfinite().all() or not all(s.isfinite().all() for s in shifts if s is not None):
         raise FourfoldError(
             f"The calibration inputs of {name} are not finite, or too large to be squared in float32, so "
             "that GPTQ cannot weigh its columns. Check that the original model gives finite outputs on this "
@@ -252,8 +252,8 @@ def feedback_of(
     if statistics.hessian is None:
         scale = statistics.tokens**-0.5
         x = torch.cat(statistics.x)[:, order].mul_(scale)
-        shift = torch.cat(statistics.shifts)
-        shift = shift[:, order].mul_(scale * options.asymmetry) if shift.any() else None
+        shift = shifts_of(statistics)
+        shift = None if shift is None else shift[:, order].mul_(scale * options.asymmetry)
         statistics.x, statistics.shifts = [], []
         return lambda ridge: TokenFeedback.make(x, shift, ridge)
     hessian, moved = statistics.hessian.div_(statistics.tokens), statistics.shift
@@ -264,6 +264,14 @@ def feedback_of(
         hessian = hessian[order[:, None], order]
         moved = None if moved is None else moved[order[:, None], order]
     return lambda ridge: DenseFeedback.make(hessian, moved, ridge)
+
+
+def shifts_of(statistics: Statistics) -> torch.Tensor | None:
+    """The shifts [n, in] of all tokens, None where there are none."""
+    if all(shift is None for shift in statistics.shifts):
+        return None
+    pairs = zip(statistics.shifts, statistics.x, strict=True)
+    return torch.cat([torch.zeros_like(x) if shift is None else shift for shift, x in pairs])
 
 
 Made = TypeVar("Made")
