@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from kv_checkpoints import with_kv_cache
 from tiny_models import build_tiny_model
 
-from fourfold.checkpoint import CheckpointWriter, open_checkpoint
+from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.kv_scales import cached_projections
 from fourfold.compress.kv_calibration import KVObserver, scales
 from fourfold.core.errors import FourfoldError
-from fourfold.core.quantization import Quantization
 from fourfold.engine import Engine, EngineConfig
 
 HYBRID = {
@@ -117,21 +117,8 @@ def quieten_heads(folder):
 def with_scales(source, out, kind, observer):
     """``source`` with a KV cache of ``kind``, calibrated by ``observer``, in the engine."""
     checkpoint = open_checkpoint(source)
-    infos = [checkpoint.info(name) for name in checkpoint.names()]
-    writer = CheckpointWriter(
-        out,
-        "compressed-tensors",
-        checkpoint.config,
-        Quantization.model_validate({"kv_cache": kind}),
-        infos,
-        fingerprint={},
-        kv_scales=scales(observer, kind, cached_projections(infos)),
-    )
-    for shard in writer.pending():
-        with writer.shard(shard.index) as file:
-            for info in shard.tensors:
-                file.write(info.name, checkpoint.load(info.name))
-    writer.finish(source=str(source), write_tokenizer=checkpoint.write_tokenizer)
+    projections = cached_projections([checkpoint.info(name) for name in checkpoint.names()])
+    with_kv_cache(source, out, kind, scales(observer, kind, projections))
     return Engine.load(out, EngineConfig(dtype="float32", threads=1))
 
 

@@ -1,7 +1,6 @@
 """Quantized KV caches: the formats' own rounding, memory really saved, one answer on every way."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +8,11 @@ import torch
 from engine_models import continue_all, greedy, load, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kv_checkpoints import with_kv_cache
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model
 
-from fourfold.checkpoint import CheckpointWriter, open_checkpoint
 from fourfold.core.errors import FourfoldError, UsageError
-from fourfold.core.quantization import Quantization
 from fourfold.engine.kv_format import kv_format
 from fourfold.formats import get_format, hadamard, turn
 
@@ -26,27 +24,6 @@ SCALES = {
     for layer in range(2)
     for part in ("k_proj", "v_proj")
 }
-
-
-def with_kv_cache(source: Path, out: Path, form: str, scales: dict[str, torch.Tensor]) -> Path:
-    """``source`` again, its weights as they are, with a calibrated KV cache."""
-    checkpoint = open_checkpoint(source)
-    infos = [checkpoint.info(name) for name in checkpoint.names()]
-    writer = CheckpointWriter(
-        out,
-        "compressed-tensors",
-        checkpoint.config,
-        Quantization.model_validate({"kv_cache": form}),
-        infos,
-        fingerprint={},
-        kv_scales=scales,
-    )
-    for shard in writer.pending():
-        with writer.shard(shard.index) as file:
-            for info in shard.tensors:
-                file.write(info.name, checkpoint.load(info.name))
-    writer.finish(source=str(source), write_tokenizer=checkpoint.write_tokenizer)
-    return out
 
 
 @pytest.fixture(scope="module")
