@@ -4,15 +4,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fourfold import __version__
 from fourfold.core.durable import write_file, writing
 from fourfold.core.records import FormatGroup, Frontier
 from fourfold.report.charts import embed
 from fourfold.report.digits import size
-from fourfold.report.page import asset
+from fourfold.report.environment import asset, page_environment
 
 
 def write_frontier(record: Frontier, page: Path) -> None:
@@ -20,23 +18,16 @@ def write_frontier(record: Frontier, page: Path) -> None:
 
     Raises FourfoldError when it cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("fourfold.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["size"] = size
-    html = environment.get_template("frontier.html").render(
-        record=record,
-        formats=formats_of(record),
-        rows=table(record),
-        version=__version__,
-        data=Markup(embed(frontier_data(record))),
-        style=Markup(asset("style.css")),
-        echarts=Markup(asset("echarts.min.js")),
-        script=Markup(asset("frontier.js")),
+    html = (
+        page_environment()
+        .get_template("frontier.html")
+        .render(
+            record=record,
+            formats=formats_of(record),
+            rows=table(record),
+            data=Markup(embed(frontier_data(record))),
+            script=Markup(asset("frontier.js")),
+        )
     )
     with writing(page):
         write_file(page, html)

@@ -7,21 +7,19 @@ policy (Content-Security-Policy) forbids any request to elsewhere.
 """
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fourfold import __version__
 from fourfold.bench import metrics_in_order
 from fourfold.core.durable import write_file, writing
-from fourfold.report import commands, digits
+from fourfold.report import commands
 from fourfold.report.cautions import cautions, model_notes
 from fourfold.report.charts import chart_data, embed, profile_title, profiles_of
 from fourfold.report.collect import Collection, collect
 from fourfold.report.compare import EQUAL_WITHIN, column, columns, interval_verdict, match, score, scores
+from fourfold.report.environment import asset, page_environment
 from fourfold.report.layers import by_position, layer_errors
 from fourfold.report.quality import METRICS, compared_evaluation, quality_table
 from fourfold.report.study import Study, build, formats
@@ -58,18 +56,7 @@ def write_report(folders: Sequence[Path], page: Path) -> Study:
 
 def render(study: Study, collection: Collection) -> str:
     """The page's HTML; the same records give the same bytes."""
-    environment = Environment(
-        loader=PackageLoader("fourfold.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        name: getattr(digits, name)
-        for name in ("figure", "ratio", "percent", "change", "size", "memory", "count")
-    }
-    return environment.get_template("page.html").render(context(study, collection))
+    return page_environment().get_template("page.html").render(context(study, collection))
 
 
 def context(study: Study, collection: Collection) -> dict[str, Any]:
@@ -105,14 +92,6 @@ def context(study: Study, collection: Collection) -> dict[str, Any]:
         "other_files": collection.other_files,
         "first": min(created),
         "last": max(created),
-        "version": __version__,
         "data": Markup(embed(chart_data(study, quality))),
-        "style": Markup(asset("style.css")),
-        "echarts": Markup(asset("echarts.min.js")),
         "script": Markup(asset("page.js")),
     }
-
-
-def asset(name: str) -> str:
-    """A file shipped with the package, to be put into the page."""
-    return (files("fourfold.report") / "assets" / name).read_text(encoding="utf-8")
