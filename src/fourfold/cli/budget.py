@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from fourfold.cli.output import bytes_text, progress_bar, stdout
 
 if TYPE_CHECKING:
+    from fourfold.cli.calibration import Asked
     from fourfold.compress import Recipe
     from fourfold.compress.calibration import CalibrationSet
     from fourfold.core.records import Frontier
@@ -16,10 +17,7 @@ def fit(
     recipe: "Recipe",
     dialect: str,
     budget: str,
-    calibration: str | None,
-    samples: int,
-    sequence_tokens: int,
-    seed: int,
+    calibration: "Asked",
     device: str,
 ) -> "tuple[Recipe, Frontier]":
     """``recipe`` with the formats that are best within ``budget``, and the frontier.
@@ -30,23 +28,23 @@ def fit(
     from fourfold.compress.budget.fit import SEQUENCE_TOKENS, SEQUENCES, fit_budget
 
     asked = parse_budget(budget)  # before the model writes a text
-    tokens = _tokens(
-        model, calibration, min(samples, SEQUENCES), min(sequence_tokens, SEQUENCE_TOKENS), seed, device
+    shorter = calibration._replace(
+        samples=min(calibration.samples, SEQUENCES),
+        sequence_tokens=min(calibration.sequence_tokens, SEQUENCE_TOKENS),
     )
+    tokens = _tokens(model, shorter, device)
     with progress_bar("measuring") as update:
         return fit_budget(model, recipe, dialect, asked, tokens, device, update)
 
 
-def _tokens(
-    model: str, source: str | None, samples: int, sequence_tokens: int, seed: int, device: str
-) -> "CalibrationSet":
+def _tokens(model: str, asked: "Asked", device: str) -> "CalibrationSet":
     from fourfold.cli.calibration import choose_calibration
     from fourfold.compress.calibration import SELF_WRITTEN, CalibrationSet
 
-    found = choose_calibration(model, source, samples, sequence_tokens, seed, device)
+    found = choose_calibration(model, asked, device)
     if isinstance(found, CalibrationSet):
         return found
-    return CalibrationSet(found.write(0, samples), SELF_WRITTEN, seed)
+    return CalibrationSet(found.write(0, asked.samples), SELF_WRITTEN, asked.seed)
 
 
 def recipe_file(out: Path) -> Path:

@@ -1,11 +1,20 @@
 """Where ``fourfold quantize`` takes its calibration set from: what the user named, or the model itself."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from fourfold.compress import Recipe
     from fourfold.compress.calibrated.run import Spread
     from fourfold.compress.calibration import Calibration
+
+
+class Asked(NamedTuple):
+    """The calibration set that the user asks for; ``source`` None: text that the model writes."""
+
+    source: str | None
+    samples: int
+    sequence_tokens: int
+    seed: int
 
 
 def choose_device(name: str | None, recipe: "Recipe", measures: bool = False) -> str:
@@ -51,38 +60,28 @@ def gpu_peak_bytes(device: str) -> int | None:
 
 
 def calibration_for(
-    recipe: "Recipe",
-    model: str,
-    source: str | None,
-    samples: int,
-    sequence_tokens: int,
-    seed: int,
-    device: str,
-    measured: bool = False,
+    recipe: "Recipe", model: str, asked: Asked, device: str, measured: bool = False
 ) -> "Calibration | None":
     """The calibration set that ``recipe`` needs; None when it needs none.
 
-    Raises UsageError for a ``source`` that nobody looks at: neither such a recipe, nor a budget that was
+    Raises UsageError for a source that nobody looks at: neither such a recipe, nor a budget that was
     ``measured`` on it.
     """
     from fourfold.compress.pipeline import is_calibrated
     from fourfold.core.errors import UsageError
 
     if is_calibrated(recipe):
-        return choose_calibration(model, source, samples, sequence_tokens, seed, device)
-    if source is not None and not measured:
+        return choose_calibration(model, asked, device)
+    if asked.source is not None and not measured:
         raise UsageError(
-            f"The recipe '{recipe.name}' looks at no activations, so --calibration {source} would change "
-            "nothing. Remove it, or choose a recipe with calibrated passes."
+            f"The recipe '{recipe.name}' looks at no activations, so --calibration {asked.source} would "
+            "change nothing. Remove it, or choose a recipe with calibrated passes."
         )
     return None
 
 
-def choose_calibration(
-    model: str, source: str | None, samples: int, sequence_tokens: int, seed: int, device: str
-) -> "Calibration":
-    """The calibration set for ``model``: from ``source`` (a file, a dataset's name), or None for text that
-    the model writes.
+def choose_calibration(model: str, asked: Asked, device: str) -> "Calibration":
+    """The calibration set for ``model``: from a file or a dataset, or text that the model writes.
 
     Raises UsageError for a source that is not there or too short, or sequences longer than the model takes.
     """
@@ -93,6 +92,7 @@ def choose_calibration(
     from fourfold.core.errors import UsageError
     from fourfold.engine import Tokenizer
 
+    source, samples, sequence_tokens, seed = asked
     checkpoint = open_checkpoint(model)
     positions = checkpoint.config.get("max_position_embeddings")
     if isinstance(positions, int) and sequence_tokens > positions:

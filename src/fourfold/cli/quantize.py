@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from fourfold.cli.calibration import Asked
     from fourfold.cli.records import QuantizationRecord
     from fourfold.compress import DryRun, Recipe
     from fourfold.core.manifest import Manifest
@@ -61,24 +62,13 @@ def quantize(
 
     Example: `fourfold quantize my-model my-model-mxfp4 --recipe mxfp4`
     """
+    from fourfold.cli.calibration import Asked
     from fourfold.cli.output import check_json_path, write_json
     from fourfold.cli.plan_table import show_plan
 
     check_json_path(json)
-    job = Job(
-        source,
-        out,
-        recipe,
-        dialect,
-        calibration,
-        samples,
-        sequence_tokens,
-        seed,
-        device,
-        workers,
-        resume,
-        budget,
-    )
+    asked = Asked(calibration, samples, sequence_tokens, seed)
+    job = Job(source, out, recipe, dialect, asked, device, workers, resume, budget)
     if dry_run and budget is not None:
         _, record = choose_within(job, budget)
     elif dry_run:
@@ -98,14 +88,11 @@ class Job:
     out: Path
     recipe: str
     dialect: str
-    calibration: str | None
-    samples: int
-    sequence_tokens: int
-    seed: int
+    calibration: "Asked"
     device: str | None
     workers: int | None
     resume: bool
-    budget: str | None = None
+    budget: str | None
 
 
 def choose_within(job: Job, budget: str) -> "tuple[Recipe, Frontier]":
@@ -116,8 +103,7 @@ def choose_within(job: Job, budget: str) -> "tuple[Recipe, Frontier]":
 
     recipe = load_recipe(job.recipe)
     device = choose_device(job.device, recipe, measures=True)
-    shape = (job.calibration, job.samples, job.sequence_tokens, job.seed)
-    recipe, record = fit(job.source, recipe, job.dialect, budget, *shape, device)
+    recipe, record = fit(job.source, recipe, job.dialect, budget, job.calibration, device)
     show_frontier(record)
     write_plot(record, job.out)
     return recipe, record
@@ -148,9 +134,7 @@ def predict(job: Job) -> "DryRun":
     begin = time.perf_counter()
     recipe = load_recipe(job.recipe)
     device = choose_device(job.device, recipe)
-    calibration = calibration_for(
-        recipe, job.source, job.calibration, job.samples, job.sequence_tokens, job.seed, device
-    )
+    calibration = calibration_for(recipe, job.source, job.calibration, device)
     reading_s = time.perf_counter() - begin
     folder = job.out.absolute().parent
     while not folder.is_dir():
@@ -170,16 +154,8 @@ def run(job: Job) -> "QuantizationRecord":
     begin = time.perf_counter()
     recipe, frontier = chosen_recipe(job)
     device = choose_device(job.device, recipe)
-    calibration = calibration_for(
-        recipe,
-        job.source,
-        job.calibration,
-        job.samples,
-        job.sequence_tokens,
-        job.seed,
-        device,
-        measured=job.budget is not None,
-    )
+    measured = job.budget is not None
+    calibration = calibration_for(recipe, job.source, job.calibration, device, measured)
     spread = spread_for(job.workers, job.source, recipe, device)
     with stages() as display:
         manifest = write_checkpoint(
