@@ -8,6 +8,29 @@ def mxfp4_linear(x: Tensor, blocks: Tensor, scales: Tensor, out: Tensor, isa: st
 def mxfp4_expand(blocks: Tensor, scales: Tensor, out: Tensor, isa: str = "auto") -> None:
     """out [n, k] (float32 or bfloat16) = the values of W."""
 
+def attention(
+    q: Tensor,
+    cache: Tensor,
+    spans: Tensor,
+    tables: Tensor,
+    out: Tensor,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    kv_scales: Tensor | None = None,
+    sinks: Tensor | None = None,
+    isa: str = "auto",
+) -> None:
+    """See attention.py; every tensor is a matrix: cache [blocks, rest], spans int64 [n, 3], tables int32."""
+
+def write_kv(
+    kv: Tensor, cache: Tensor, slots: Tensor, kv_heads: int, head_dim: int, kv_scales: Tensor | None = None
+) -> None:
+    """kv float32 [T, 2 * kv_heads * head_dim] into ``cache`` at slots int32 [1, T]."""
+
 def cpu_features() -> dict[str, bool]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "array.h"
+#include "module.h"
 #include "mxfp4.h"
 #include "thread_pool.h"
 
@@ -12,7 +13,6 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace fourfold {
-namespace {
 
 Isa parse_isa(const std::string& name) {
     Isa isa;
@@ -24,6 +24,8 @@ Isa parse_isa(const std::string& name) {
     if (!cpu_has(isa)) throw nb::value_error("this processor or this build lacks the chosen isa");
     return isa;
 }
+
+namespace {
 
 Float float_type(const Matrix& matrix) {
     auto type = matrix.dtype();
@@ -88,6 +90,7 @@ void set_thread_count(int count) {
 NB_MODULE(_native, module) {
     module.def("mxfp4_linear", &fourfold::linear, "x"_a, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
     module.def("mxfp4_expand", &fourfold::expand, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
+    fourfold::bind_attention(module);
     module.def("cpu_features", &fourfold::cpu_features);
     module.def("threads", &fourfold::threads);
     module.def("set_threads", &fourfold::set_thread_count, "count"_a);

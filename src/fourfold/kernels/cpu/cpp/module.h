@@ -1,0 +1,16 @@
+// What the files that make up the Python module share.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <string>
+
+#include "mxfp4.h"
+
+namespace fourfold {
+
+Isa parse_isa(const std::string& name);  // ValueError for a name that does not exist or cannot run here
+
+void bind_attention(nanobind::module_& module);
+
+}  // namespace fourfold
