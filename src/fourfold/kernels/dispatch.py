@@ -5,20 +5,20 @@ the first kernel for its format that accepts the call is taken, in the order of 
 weight is expanded and multiplied by torch.
 """
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch.nn.functional import linear as dense_linear
 
 from fourfold.core.errors import FourfoldError
-from fourfold.core.registry import Registry
 from fourfold.formats import BlockTensor, get_format
-from fourfold.kernels import expanded
+from fourfold.kernels import cpu, expanded
 from fourfold.kernels.reference import activate
 
-KERNELS = Registry("fourfold.kernels.cpu", "KERNEL", "CPU kernel")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -71,8 +71,10 @@ def rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
 
 @cache
 def kernels_for(weight_format: str) -> tuple[LinearKernel, ...]:
-    """The kernels for one weight format."""
-    kernels = (KERNELS.get(name) for name in KERNELS.names())
+    """The kernels for one weight format; a module of ``kernels/cpu`` without a KERNEL is machinery."""
+    names = [m.name for m in pkgutil.iter_modules(cpu.__path__) if not m.name.startswith("_")]
+    modules = [import_module(f"{cpu.__name__}.{name}") for name in names]
+    kernels = [module.KERNEL for module in modules if hasattr(module, "KERNEL")]
     return tuple(kernel for kernel in kernels if kernel.weight_format == weight_format)
 
 

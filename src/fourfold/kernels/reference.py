@@ -37,6 +37,27 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
     return x if activation is None else get_format(activation).fake_quantize(x)
 
 
+def round_to_int8_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` [..., K] (float32) as int8 codes [..., K] and float32 scales [..., K/32]: amax/127, ties to even.
+
+    What the int8 arithmetic of packed weights does to its inputs. A block that is smaller than 2^-100 becomes
+    zeros under the scale 0, and one that holds a NaN or an Inf zeros under the scale NaN.
+    """
+    blocks = x.unflatten(-1, (-1, 32))
+    amax = blocks.abs().amax(-1)
+    usable = (amax >= 2.0**-100) & amax.isfinite()
+    scales = torch.where(usable, amax / 127, torch.where(amax.isfinite(), 0.0, torch.nan))
+    # not ``127 / amax``, which torch takes as 127 times a rounded reciprocal
+    inverse = torch.where(usable, torch.full_like(amax, 127).div(amax), 0.0)
+    codes = torch.where(usable[..., None], blocks * inverse[..., None], 0.0).round()
+    return codes.to(torch.int8).flatten(-2), scales
+
+
+def read_int8_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 values [..., K] of ``round_to_int8_blocks``."""
+    return (codes.unflatten(-1, (-1, 32)).float() * scales[..., None]).flatten(-2)
+
+
 def row_slices(n: int, k: int, values: int) -> Iterator[slice]:
     """Slices over the rows of an [n, k] matrix, each of at most ``values`` values or one row."""
     step = max(1, values // max(1, k))

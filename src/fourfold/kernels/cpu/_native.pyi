@@ -34,3 +34,19 @@ def write_kv(
 def cpu_features() -> dict[str, bool]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+
+PACKED_LAYOUT: int
+
+def packed_isas() -> dict[str, bool]: ...
+def packed_tiles(n: int) -> int: ...
+def packed_tile_bytes(kind: str, k: int) -> int: ...
+def packed_pack(codes: Tensor, scales: Tensor | None, data: Tensor, kind: str) -> None:
+    """data [tiles, tile bytes] = W: mxfp4 blocks [n, k / 2], int8 codes [n, k] or bf16 [n, k]."""
+
+def packed_linear(
+    x: Tensor, data: Tensor, kind: str, bias: Tensor | None, out: Tensor, arithmetic: str, isa: str = "auto"
+) -> None:
+    """out [m, n] float32 = x [m, k] float32 times W transposed, plus bias [1, n] float32."""
+
+def packed_unpack(data: Tensor, kind: str, n: int, rows: Tensor, out: Tensor) -> None:
+    """out [r, k] float32 = the given rows [r, 1] (int64) of W."""

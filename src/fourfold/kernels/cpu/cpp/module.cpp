@@ -94,4 +94,5 @@ NB_MODULE(_native, module) {
     module.def("cpu_features", &fourfold::cpu_features);
     module.def("threads", &fourfold::threads);
     module.def("set_threads", &fourfold::set_thread_count, "count"_a);
+    fourfold::bind_packed(module);
 }

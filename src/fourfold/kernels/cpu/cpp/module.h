@@ -12,5 +12,6 @@ namespace fourfold {
 Isa parse_isa(const std::string& name);  // ValueError for a name that does not exist or cannot run here
 
 void bind_attention(nanobind::module_& module);
+void bind_packed(nanobind::module_& module);
 
 }  // namespace fourfold

@@ -1,0 +1,53 @@
+// Which instructions run: the best that the processor and this build have, or the one that a test names.
+#include <initializer_list>
+
+#include "packed_layout.h"
+
+namespace fourfold {
+namespace {
+
+PackedIsa best_isa() {
+    for (PackedIsa isa : {PackedIsa::avx512bf16, PackedIsa::avx512vnni, PackedIsa::avx2})
+        if (packed_isa_usable(isa)) return isa;
+    return PackedIsa::portable;
+}
+
+PackedIsa resolve(PackedIsa isa) {
+    static const PackedIsa best = best_isa();
+    return isa == PackedIsa::automatic ? best : isa;
+}
+
+PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa) {
+    return arithmetic == Arithmetic::int8 ? packed_int8_portable : packed_exact_portable;
+}
+
+PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa) {
+    return arithmetic == Arithmetic::int8 ? prepare_int8_portable : prepare_exact_portable;
+}
+
+Arithmetic arithmetic_for(const PackedWeight& weight, Arithmetic wanted) {
+    return weight.kind == WeightKind::bf16 ? Arithmetic::exact : wanted;
+}
+
+}  // namespace
+
+bool packed_isa_usable(PackedIsa isa) { return isa == PackedIsa::automatic || isa == PackedIsa::portable; }
+
+std::int64_t prepared_bytes(Arithmetic arithmetic, std::int64_t m, std::int64_t k) {
+    return m * prepared_row_bytes(arithmetic, k);
+}
+
+void prepare(Arithmetic arithmetic, const float* x, std::int64_t stride, std::int64_t, std::int64_t k,
+             std::int64_t row_begin, std::int64_t row_end, void* prepared, PackedIsa isa) {
+    const PrepareRow one = prepare_of(arithmetic, resolve(isa));
+    const std::int64_t bytes = prepared_row_bytes(arithmetic, k);
+    for (std::int64_t i = row_begin; i < row_end; ++i) one(x + i * stride, k, static_cast<char*>(prepared) + i * bytes);
+}
+
+void linear(const PackedWeight& weight, Arithmetic arithmetic, const void* prepared, std::int64_t m, float* out,
+            std::int64_t out_stride, std::int64_t tile_begin, std::int64_t tile_end, PackedIsa isa) {
+    PackedLinear call{weight, prepared, m, out, out_stride};
+    tiles_of(arithmetic_for(weight, arithmetic), resolve(isa))(call, tile_begin, tile_end);
+}
+
+}  // namespace fourfold

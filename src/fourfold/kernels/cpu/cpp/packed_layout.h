@@ -1,0 +1,63 @@
+// The bytes of packed weights and of prepared x, and the table of kernels. Plain data and declarations only.
+//
+// A tile is 16 rows of W: the codes of all its blocks of 32 values, then 16 scale bytes per block; bf16 has no scales.
+//   mxfp4  256 bytes a block: byte 64 j + 4 r + c holds row r's value 4 j + c (low nibble) and 16 + 4 j + c (high)
+//   int8   512 bytes a block: byte 64 j + 4 r + c holds row r's value 4 j + c, plus 128
+//   bf16   1024 bytes a block: pair 16 p + r is row r's values 4 q + h and 4 q + h + 2 with q = p / 2, h = p % 2
+// so that 64 bytes are 16 lanes of four bytes to be multiplied with four values of x (or two, as bf16) that all lanes
+// share. Pairs lie two apart because a shift by a multiple of four then brings the nibbles of mxfp4 in place for both.
+#pragma once
+
+#include <cstdint>
+
+#include "packed.h"
+
+namespace fourfold {
+
+inline constexpr std::int64_t kPackedBlock = 32;
+
+constexpr std::int64_t blocks_of(std::int64_t k) { return (k + kPackedBlock - 1) / kPackedBlock; }
+
+constexpr std::int64_t code_bytes(WeightKind kind) {
+    return kind == WeightKind::mxfp4 ? 256 : kind == WeightKind::int8 ? 512 : 1024;
+}
+
+// A block of a row of x for `int8`. A row is padded to an odd number of cache lines, so that rows under each other do
+// not share the sets of a cache.
+struct Int8Block {
+    std::int8_t codes[32];
+    float half_scale;         // of the scale; E2M1 codes are held doubled
+    std::int32_t minus_bias;  // -128 * sum of codes: weights are held with 128 added
+};
+static_assert(sizeof(Int8Block) == 40, "kernels step by this");
+
+// A block of a row of x for `exact`: bf16, each four as 0, 2, 1, 3.
+struct Bf16Block {
+    std::uint16_t values[32];
+};
+
+constexpr std::int64_t prepared_row_bytes(Arithmetic arithmetic, std::int64_t k) {
+    std::int64_t block = arithmetic == Arithmetic::int8 ? sizeof(Int8Block) : sizeof(Bf16Block);
+    return ((blocks_of(k) * block + 63) / 64 | 1) * 64;
+}
+
+struct PackedLinear {
+    PackedWeight weight;
+    const void* prepared;
+    std::int64_t m;
+    float* out;
+    std::int64_t out_stride;
+};
+
+using PackedTiles = void (*)(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+using PrepareRow = void (*)(const float* x, std::int64_t k, void* row);
+
+// 2^(byte - 127); byte 0 is the float32 subnormal 2^-127 and byte 255 is NaN.
+extern const float* const kPackedScales;
+
+void packed_int8_portable(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void packed_exact_portable(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void prepare_int8_portable(const float* x, std::int64_t k, void* row);
+void prepare_exact_portable(const float* x, std::int64_t k, void* row);
+
+}  // namespace fourfold

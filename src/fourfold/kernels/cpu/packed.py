@@ -1,0 +1,90 @@
+"""Linear layers whose weights are packed into tiles for the C++ kernels: see cpp/packed.h.
+
+The tiles are made once, at load, and take the place of the checkpoint's bytes: 4.25 bits a value for MXFP4,
+8.25 for MXINT8, 16 for bfloat16 (rows are filled up to sixteens). ``arithmetic`` is "int8" (inputs rounded to
+int8 per block of 32: ``reference.round_to_int8_blocks``) or "exact" (inputs rounded to bfloat16); bfloat16
+weights take only "exact".
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.core.errors import FourfoldError
+from fourfold.formats import BlockTensor
+from fourfold.kernels.cpu import native
+
+KINDS = {"mxfp4": "mxfp4", "mxint8": "int8"}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight [n, k]. ``data`` is uint8 [tiles, bytes of a tile], its start a multiple of 64 bytes; ``bias``
+    is float32 [n] or None; ``kind`` is "mxfp4", "int8" or "bf16".
+    """
+
+    kind: str
+    n: int
+    k: int
+    data: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def pack(cls, weight: BlockTensor | torch.Tensor, bias: torch.Tensor | None = None) -> "PackedWeight":
+        """Packs [n, k]: a BlockTensor in mxfp4 or mxint8, or a tensor (kept as bfloat16).
+
+        Raises FourfoldError for any other format or shape, and where there is no C++ extension.
+        """
+        kind, codes, scales = _parts(weight)
+        n, k = weight.shape
+        data = torch.empty(packed_shape(kind, n, k), dtype=torch.uint8)
+        _extension().packed_pack(codes, scales, data, kind)
+        return cls(kind, n, k, data, None if bias is None else bias.detach().float().contiguous())
+
+    def linear(self, x: torch.Tensor, arithmetic: str = "int8", isa: str = "auto") -> torch.Tensor:
+        """``x`` [..., k] times the weight transposed, plus the bias: [..., n] in the dtype of ``x``."""
+        if x.shape[-1] != self.k:
+            raise FourfoldError(f"A packed weight [{self.n}, {self.k}] got x {list(x.shape)}.")
+        rows = x.detach().reshape(-1, self.k).float().contiguous()
+        out = torch.empty(len(rows), self.n)
+        bias = None if self.bias is None else self.bias[None]
+        _extension().packed_linear(rows, self.data, self.kind, bias, out, arithmetic, isa)
+        return out.to(x.dtype).view(*x.shape[:-1], self.n)
+
+    def rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, [..., k] float32, for ``indices`` [...]: an embedding.
+
+        Raises ValueError for an index beyond [0, n).
+        """
+        out = torch.empty(indices.numel(), self.k)
+        wanted = indices.reshape(-1, 1).to(torch.int64).contiguous()
+        _extension().packed_unpack(self.data, self.kind, self.n, wanted, out)
+        return out.view(*indices.shape, self.k)
+
+
+def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
+    """The shape of ``PackedWeight.data``, uint8: tiles of 16 rows, and the bytes of each."""
+    return _extension().packed_tiles(n), _extension().packed_tile_bytes(kind, k)
+
+
+def packed_isas() -> list[str]:
+    """Instruction sets that the packed kernels can use here, slowest first."""
+    return [] if native is None else [name for name, usable in native.packed_isas().items() if usable]
+
+
+def _parts(weight: BlockTensor | torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    if len(weight.shape) != 2:
+        raise FourfoldError(
+            f"Only a matrix can be packed, not a tensor {list(weight.shape)}; index a stack first."
+        )
+    if not isinstance(weight, BlockTensor):
+        return "bf16", weight.detach().bfloat16().contiguous(), None
+    if weight.format not in KINDS:
+        raise FourfoldError(f"Weights in {weight.format} cannot be packed; only {', '.join(KINDS)} can.")
+    return KINDS[weight.format], weight.blocks.contiguous(), weight.scales.contiguous()
+
+
+def _extension():
+    if native is None:
+        raise FourfoldError("Packed weights need the C++ extension, which cannot be loaded here.")
+    return native

@@ -1,0 +1,194 @@
+"""Packed linear layers against double precision: odd shapes, every byte, special values, every ISA."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_helpers import random_weight, random_x, values_of
+
+from fourfold.core.errors import FourfoldError
+from fourfold.formats import BlockTensor, get_format
+from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu.packed import PackedWeight, packed_isas
+from fourfold.kernels.reference import read_int8_blocks, round_to_int8_blocks
+
+pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
+
+each_isa = pytest.mark.parametrize("isa", packed_isas())
+each_arithmetic = pytest.mark.parametrize("arithmetic", ["int8", "exact"])
+each_kind = pytest.mark.parametrize("kind", ["mxfp4", "int8", "bf16"])
+
+
+def weight_of(kind: str, n: int, k: int, seed: int = 0) -> tuple[BlockTensor | torch.Tensor, np.ndarray]:
+    """A weight to pack, and its values in double precision."""
+    if kind == "mxfp4":
+        return (w := random_weight(n, k, seed)), values_of(w)
+    dense = random_x(n, k, torch.float32, seed)
+    if kind == "bf16":
+        return dense.bfloat16(), dense.bfloat16().double().numpy()
+    w = get_format("mxint8").quantize(dense)
+    return w, w.dequantize(torch.float64).numpy()
+
+
+def rounded(x: torch.Tensor, kind: str, arithmetic: str) -> torch.Tensor:
+    """What the arithmetic makes of ``x`` [m, k]."""
+    if kind != "bf16" and arithmetic == "int8":
+        return read_int8_blocks(*round_to_int8_blocks(x.float()))
+    return x.bfloat16().float()
+
+
+def assert_sums(y: torch.Tensor, x: torch.Tensor, w: np.ndarray) -> None:
+    """``y`` is ``x w^T`` up to the rounding of float32 sums."""
+    factor = x.double().numpy()
+    allowed = np.abs(factor) @ np.abs(w).T * 2.0**-24 * (x.shape[-1] + 4)
+    assert y.shape == allowed.shape
+    assert (np.abs(y.double().numpy() - factor @ w.T) <= allowed).all()
+
+
+@each_isa
+@each_arithmetic
+@each_kind
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (16, 64), (17, 96), (31, 160), (80, 576)])
+def test_product_for_many_numbers_of_rows(isa, arithmetic, kind, n, k):
+    w, values = weight_of(kind, n, k)
+    packed = PackedWeight.pack(w)
+    for m in (*range(1, 35), 67):
+        x = random_x(m, k, torch.float32, seed=m)
+        assert_sums(packed.linear(x, arithmetic, isa), rounded(x, kind, arithmetic), values)
+
+
+@each_isa
+@pytest.mark.parametrize("k", [1, 7, 33, 100])
+def test_bf16_weights_of_any_width(isa, k):
+    w, values = weight_of("bf16", 19, k)
+    x = random_x(5, k, torch.float32)
+    assert_sums(PackedWeight.pack(w).linear(x, isa=isa), x.bfloat16(), values)
+
+
+@each_isa
+@each_arithmetic
+@each_kind
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa, arithmetic, kind):
+    packed = PackedWeight.pack(weight_of(kind, 33, 160)[0])
+    x = random_x(67, 160, torch.float32)
+    together = packed.linear(x, arithmetic, isa)
+    for count in (1, 2, 3, 5, 11, 16, 29):
+        parts = [packed.linear(part, arithmetic, isa) for part in x.split(count)]
+        assert torch.equal(together, torch.cat(parts))
+
+
+@each_isa
+@each_arithmetic
+@each_kind
+def test_bias_is_added_after_the_sums(isa, arithmetic, kind):
+    w, bias = weight_of(kind, 21, 64)[0], random_x(1, 21, torch.float32, seed=3)[0]
+    x = random_x(4, 64, torch.float32)
+    plain = PackedWeight.pack(w).linear(x, arithmetic, isa)
+    assert torch.equal(PackedWeight.pack(w, bias).linear(x, arithmetic, isa), plain + bias)
+
+
+@each_isa
+def test_int8_rounding_is_the_references(isa):
+    x = torch.cat([random_x(9, 96, torch.float32) * 10.0**e for e in range(-36, 36, 3)])
+    x[5, :32], x[7, 40] = 0, 1e30
+    # a weight of ones: a block's sum is exact, and one block a row makes y = scale * sum of codes
+    ones = BlockTensor(
+        "mxfp4", torch.full((16, 16), 0x22, dtype=torch.uint8), torch.full((16, 1), 127).byte()
+    )
+    codes, scales = round_to_int8_blocks(x.view(-1, 32))
+    y = PackedWeight.pack(ones).linear(x.view(-1, 32), "int8", isa)
+    assert torch.equal(y[:, 3], codes.sum(-1, dtype=torch.int32).float() * scales[:, 0])
+
+
+def every_code_under_every_scale(kind: str) -> BlockTensor:
+    """Rows of one block: row (scale, code) holds that code at a place that moves, zeros elsewhere."""
+    count = 16 if kind == "mxfp4" else 256
+    scale, code = np.divmod(np.arange(256 * count), count)
+    rows, place = np.arange(len(code)), np.arange(len(code)) * 7 % 32
+    blocks = np.zeros((len(code), 16 if kind == "mxfp4" else 32), np.uint8)
+    if kind == "mxfp4":
+        blocks[rows, place // 2] = code << 4 * (place % 2)
+    else:
+        blocks[rows, place] = code
+    scales = torch.from_numpy(scale.astype(np.uint8))[:, None]
+    return BlockTensor("mxfp4" if kind == "mxfp4" else "mxint8", torch.from_numpy(blocks), scales)
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ["mxfp4", "int8"])
+def test_every_code_under_every_scale(isa, kind):
+    w = every_code_under_every_scale(kind)
+    exact = w.dequantize(torch.float64).sum(-1).float()
+    packed = PackedWeight.pack(w)
+    assert torch.equal(packed.rows(torch.arange(packed.n)).sum(-1).nan_to_num(5e3), exact.nan_to_num(5e3))
+    # 127 rounds to itself, under a scale of 1
+    y = packed.linear(torch.full((1, 32), 127.0), "int8", isa)[0]
+    torch.testing.assert_close(y, exact * 127, rtol=0, atol=0, equal_nan=True)
+    y = packed.linear(torch.ones(3, 32), "exact", isa)[2]
+    torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@each_isa
+@each_arithmetic
+@pytest.mark.parametrize("kind", ["mxfp4", "int8"])
+def test_a_nan_scale_spoils_its_row_only(isa, arithmetic, kind):
+    w = weight_of(kind, 19, 96)[0]
+    assert isinstance(w, BlockTensor)
+    w.scales[4, 1] = 255
+    for x in (random_x(5, 96, torch.float32), torch.zeros(1, 96)):
+        y = PackedWeight.pack(w).linear(x, arithmetic, isa)
+        assert y[:, 4].isnan().all() and y.isnan().sum() == len(y)
+
+
+@each_isa
+@each_arithmetic
+@each_kind
+def test_zeros_give_zeros(isa, arithmetic, kind):
+    w = weight_of(kind, 19, 96)[0]
+    assert (PackedWeight.pack(w).linear(torch.zeros(3, 96), arithmetic, isa) == 0).all()
+    zeros = torch.zeros(19, 96) if kind == "bf16" else get_format(w.format).quantize(torch.zeros(19, 96))
+    assert (PackedWeight.pack(zeros).linear(random_x(3, 96, torch.float32), arithmetic, isa) == 0).all()
+
+
+@each_isa
+@each_kind
+def test_specials_in_x_spoil_their_row_only(isa, kind):
+    packed = PackedWeight.pack(weight_of(kind, 19, 96)[0])
+    for special in (torch.nan, torch.inf, -torch.inf):
+        x = random_x(4, 96, torch.float32)
+        x[1, 70] = special
+        for arithmetic in ("int8", "exact"):
+            y = packed.linear(x, arithmetic, isa)
+            assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
+            assert kind == "bf16" or arithmetic == "exact" or y[1].isnan().all()
+
+
+@each_kind
+def test_rows_are_the_values(kind):
+    w, values = weight_of(kind, 37, 96)
+    indices = torch.tensor([[0, 36], [5, 16]])
+    np.testing.assert_array_equal(PackedWeight.pack(w).rows(indices).double().numpy(), values[indices])
+
+
+def test_leading_dimensions_and_dtypes():
+    packed = PackedWeight.pack(random_weight(7, 96))
+    x = random_x(6, 96, torch.bfloat16)
+    y = packed.linear(x.view(2, 3, 96))
+    assert y.shape == (2, 3, 7) and y.dtype == torch.bfloat16
+    assert torch.equal(y.view(6, 7), packed.linear(x.float()).bfloat16())
+    assert packed.linear(x[:0]).shape == (0, 7)
+
+
+def test_refusals_name_the_value():
+    with pytest.raises(FourfoldError, match="nvfp4"):
+        PackedWeight.pack(get_format("nvfp4").quantize(torch.ones(2, 32)))
+    with pytest.raises(FourfoldError, match="matrix"):
+        PackedWeight.pack(torch.ones(2, 3, 32))
+    packed = PackedWeight.pack(random_weight(7, 96))
+    with pytest.raises(FourfoldError, match=r"\[7, 96\]"):
+        packed.linear(torch.ones(1, 64))
+    with pytest.raises(ValueError, match="arithmetic must be"):
+        packed.linear(torch.ones(1, 96), "float")
+    with pytest.raises(ValueError, match="isa must be"):
+        packed.linear(torch.ones(1, 96), isa="sse")
+    with pytest.raises(ValueError, match="rows must lie"):
+        packed.rows(torch.tensor([7]))
