@@ -9,7 +9,8 @@ from engine_models import continue_all, drain, greedy, load, prompt
 from scipy.stats import chisquare
 
 from fourfold.engine import Request, SamplingParams
-from fourfold.engine.sampling import SamplingState, choose
+from fourfold.engine.sampling import Choice, SamplingState
+from fourfold.engine.sampling import choose as choose_runs
 
 VOCABULARY = 12
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)) * 1.5
@@ -21,6 +22,12 @@ def state(history: tuple[int, ...] = (), before: tuple[int, ...] = (1,), **param
     for token in history:
         result.chose(token)
     return result
+
+
+def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[Choice]:
+    """One token for each state: without drafts there is no more."""
+    (runs,) = zip(*choose_runs(logits, states), strict=True)
+    return list(runs)
 
 
 def sample(count: int, logits: torch.Tensor = LOGITS, **params) -> Counter[int]:

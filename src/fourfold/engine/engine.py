@@ -105,6 +105,7 @@ class Engine:
             self.tokenizer.stream(),
             set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else eos),
             limit,
+            range(self.config.speculative_min_ngram, self.config.speculative_max_ngram + 1),
         )
         self._counters.prompt_tokens += len(request.prompt_token_ids)
         self.scheduler.add(sequence)
@@ -120,25 +121,29 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """One forward pass over the next batch. Returns one output for each sequence that got a token."""
+        """One forward pass over the next batch. Returns its new tokens, a sequence's own ones in order."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        token_ids = [t for c in chunks for t in c.sequence.tokens[c.start : c.start + c.count]]
+        token_ids = [t for c in chunks for t in c.token_ids]
         hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
-        ends = np.cumsum([chunk.count for chunk in chunks]) - 1
-        rows = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.yields_token]
-        sequences = [chunk.sequence for chunk in chunks if chunk.yields_token]
-        choices = []
+        rows, end = [], 0  # where a token is chosen: after the last known token, and after each of its draft
+        for chunk in chunks:
+            end += chunk.count
+            rows += range(end - 1 - len(chunk.draft), end) if chunk.yields_token else ()
+        yielding = [chunk for chunk in chunks if chunk.yields_token]
+        runs = []
         if rows:
             logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-            choices = choose(logits, [sequence.sampling for sequence in sequences])
+            runs = choose(logits, [c.sequence.sampling for c in yielding], [c.draft for c in yielding])
         self._counters.steps += 1  # nothing has advanced before here, so a step that raised can be repeated
+        outputs = [o for c, run in zip(yielding, runs, strict=True) for o in c.sequence.accept(run)]
         for chunk in chunks:
             self.scheduler.computed(chunk)
-        outputs = [sequence.accept(choice) for sequence, choice in zip(sequences, choices, strict=True)]
         self._counters.generated_tokens += len(outputs)
-        self._retire([s for s, o in zip(sequences, outputs, strict=True) if o.finish_reason])
+        self._counters.draft_tokens += sum(len(chunk.draft) for chunk in yielding)
+        self._counters.accepted_draft_tokens += len(outputs) - len(yielding)
+        self._retire([c.sequence for c in yielding if c.sequence.finished])
         return outputs
 
     def generate(

@@ -45,6 +45,22 @@ class EngineConfig(Record):
         description="how keys and values are held; auto: as the checkpoint says, none: in dtype",
     )
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of an equal prompt beginning")
+    speculative_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="longest draft looked up in the text so far and tried in one step; 0: none",
+    )
+    speculative_min_ngram: int = Field(default=1, ge=1, description="fewest last tokens that are looked up")
+    speculative_max_ngram: int = Field(default=3, ge=1, description="most last tokens that are looked up")
+
+    @model_validator(mode="after")
+    def _ngrams_have_sizes(self) -> "EngineConfig":
+        if self.speculative_max_ngram < self.speculative_min_ngram:
+            raise ValueError(
+                f"speculative_max_ngram ({self.speculative_max_ngram}) must be at least "
+                f"speculative_min_ngram ({self.speculative_min_ngram})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_decode_fits_a_step(self) -> "EngineConfig":
@@ -162,6 +178,8 @@ class EngineStats:
     finished: int = 0
     aborted: int = 0
     steps: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def kv_usage(self) -> float:

@@ -5,9 +5,16 @@ min-p, and one draw. A draw is one uniform number from the request's own generat
 cumulative distribution over the vocabulary, so a seeded result depends on its own logits only, never on its
 neighbours. The price is a cumulative sum over the vocabulary in float64 for each sampled row, and a sort
 where top-p is on.
+
+A request with a draft has a row for each draft token too. Row i is chosen from as if the first i draft tokens
+had been chosen before, with the number that belongs to that position; it counts only if they were.
 """
 
+import random
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -35,10 +42,10 @@ class SamplingState:
         ends = sorted(t for t in eos | set(params.stop_token_ids) if 0 <= t < vocabulary)
         self.banned_early = torch.tensor(ends, dtype=torch.long)
         self.generated = 0
-        self.generator: torch.Generator | None = None
+        self.generator: random.Random | None = None
         if params.temperature >= GREEDY_BELOW:
-            self.generator = torch.Generator()
-            self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed)
+            self.generator = random.Random(None if params.seed is None else params.seed % 2**64)
+        self._drawn: deque[float] = deque()  # numbers of the next positions, where drafts have asked for them
         self.counts: torch.Tensor | None = None
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             self.counts = torch.zeros(vocabulary)
@@ -50,67 +57,110 @@ class SamplingState:
         """Whether ``edit`` would change anything now."""
         return self.counts is not None or self.generated < self.params.min_tokens
 
-    def edit(self, row: torch.Tensor) -> None:
-        """Penalties (of output; repetition: prompt too) and the ban on early ends, in place on row [V]."""
+    def edit(self, row: torch.Tensor, ahead: Sequence[int] = ()) -> None:
+        """Penalties (of output; repetition: prompt too) and the ban on early ends, in place on row [V].
+
+        ``ahead``: tokens that are taken to have been chosen since.
+        """
         params = self.params
         if self.counts is not None:
-            used = self.counts > 0
+            counts = self.counts
+            if ahead:
+                counts = counts.index_add(0, torch.tensor(ahead), torch.ones(len(ahead)))
+            used = counts > 0
             repeated = used | self.in_prompt
             damped = torch.where(row > 0, row / params.repetition_penalty, row * params.repetition_penalty)
             row.copy_(torch.where(repeated, damped, row))
-            row.sub_(self.counts, alpha=params.frequency_penalty).sub_(
-                used.float(), alpha=params.presence_penalty
-            )
-        if self.generated < params.min_tokens:
+            row.sub_(counts, alpha=params.frequency_penalty).sub_(used.float(), alpha=params.presence_penalty)
+        if self.generated + len(ahead) < params.min_tokens:
             row[self.banned_early] = NEVER
+
+    def uniform(self, ahead: int) -> float:
+        """The random number, from 0 to 1, of the position that is ``ahead`` of the next."""
+        assert self.generator is not None
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self.generator.random())
+        return self._drawn[ahead]
 
     def chose(self, token_id: int) -> None:
         """Remember a chosen token."""
         self.generated += 1
+        if self._drawn:
+            self._drawn.popleft()
         if self.counts is not None:
             self.counts[token_id] += 1
 
 
-def choose(logits: torch.Tensor, states: list[SamplingState]) -> list[Choice]:
-    """One token for each row of ``logits`` [B, V] (any float dtype), advancing ``states`` [B].
+@dataclass(slots=True)
+class Row:
+    """One row of logits: of ``state``'s request, after the tokens ``ahead`` of its draft."""
 
-    Counts advance last, for all rows or, when anything raises, for none.
+    state: SamplingState
+    ahead: list[int]
+
+
+def choose(
+    logits: torch.Tensor, states: list[SamplingState], drafts: list[list[int]] | None = None
+) -> list[list[Choice]]:
+    """The next tokens of each request, from 1 + len(draft) rows of ``logits`` [.., V] (any float dtype) each.
+
+    They are the part of the draft that would have been chosen anyway, and one more. States advance by them
+    at the end: all of them or, when anything raises, none.
     """
-    logits = logits.float()
-    asked = [i for i, state in enumerate(states) if state.params.logprobs is not None]
+    drafts = drafts or [[]] * len(states)
+    rows = [
+        Row(state, draft[:n])
+        for state, draft in zip(states, drafts, strict=True)
+        for n in range(len(draft) + 1)
+    ]
+    choices = iter(choose_rows(logits.float(), rows))
+    runs = [agreeing(list(islice(choices, len(draft) + 1)), draft) for draft in drafts]
+    for state, run in zip(states, runs, strict=True):
+        for choice in run:
+            state.chose(choice.token_id)
+    return runs
+
+
+def agreeing(choices: list[Choice], draft: list[int]) -> list[Choice]:
+    """The beginning of ``choices`` that is the beginning of ``draft``, and the choice after it."""
+    pairs = zip(choices, draft, strict=False)
+    count = next((i for i, (choice, token) in enumerate(pairs) if choice.token_id != token), len(draft))
+    return choices[: count + 1]
+
+
+def choose_rows(logits: torch.Tensor, rows: list[Row]) -> list[Choice]:
+    """One token for each row of float32 ``logits`` [B, V]; no state advances."""
+    asked = [i for i, row in enumerate(rows) if row.state.params.logprobs is not None]
     raw = logits[asked].log_softmax(-1) if asked else None
-    edited = [i for i, state in enumerate(states) if state.edits_logits]
+    edited = [i for i, row in enumerate(rows) if row.state.edits_logits]
     if edited:
         logits = logits.clone()
         for i in edited:
-            states[i].edit(logits[i])
+            rows[i].state.edit(logits[i], rows[i].ahead)
     tokens = logits.argmax(-1)
-    drawn = [i for i, state in enumerate(states) if state.generator is not None]
+    drawn = [i for i, row in enumerate(rows) if row.state.generator is not None]
     if drawn:
-        rows = logits if len(drawn) == len(states) else logits[drawn]
-        tokens[drawn] = draw(rows, [states[i] for i in drawn])
+        tokens[drawn] = draw(logits if len(drawn) == len(rows) else logits[drawn], [rows[i] for i in drawn])
     choices = [Choice(token) for token in tokens.tolist()]
     if raw is not None:
-        add_logprobs([choices[i] for i in asked], [states[i] for i in asked], raw)
-    for choice, state in zip(choices, states, strict=True):
-        state.chose(choice.token_id)
+        add_logprobs([choices[i] for i in asked], [rows[i].state for i in asked], raw)
     return choices
 
 
-def draw(logits: torch.Tensor, states: list[SamplingState]) -> torch.Tensor:
+def draw(logits: torch.Tensor, rows: list[Row]) -> torch.Tensor:
     """Sample one token from each row [B, V] at its temperature, inside its top-k, top-p and min-p."""
-    params = [state.params for state in states]
+    params = [row.state.params for row in rows]
     logits = logits / torch.tensor([[p.temperature] for p in params])
-    for keep, rows in (
+    for keep, kept in (
         (keep_top_k, [i for i, p in enumerate(params) if 0 < p.top_k < logits.shape[-1]]),
         (keep_top_p, [i for i, p in enumerate(params) if p.top_p < 1.0]),
         (keep_min_p, [i for i, p in enumerate(params) if p.min_p > 0.0]),
     ):
-        if rows:
-            logits[rows] = keep(logits[rows], [params[i] for i in rows])
+        if kept:
+            logits[kept] = keep(logits[kept], [params[i] for i in kept])
     cumulative = logits.softmax(-1).double().cumsum(-1)
-    uniform = [torch.rand((), dtype=torch.float64, generator=state.generator) for state in states]
-    target = torch.stack(uniform).unsqueeze(1) * cumulative[:, -1:]
+    uniform = torch.tensor([row.state.uniform(len(row.ahead)) for row in rows], dtype=torch.float64)
+    target = uniform.unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return drawn.clamp_(max=logits.shape[-1] - 1)  # a row of NaN finds no place
 

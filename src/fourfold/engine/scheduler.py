@@ -3,29 +3,38 @@
 ``running`` is in order of arrival, and at most its last sequence is still reading its prompt, so walking it
 in order serves decodes first. When blocks run out, the youngest sequence gives its blocks back and computes
 again later (its tokens are kept, so nothing it has said changes). A sequence is admitted only when its whole
-prompt fits, so that prompts never push each other out halfway.
+prompt fits, so that prompts never push each other out halfway. Drafts (see ``speculation``) come last: they
+take only what budget and blocks all others leave.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fourfold.engine.kv_cache import BlockPool
 from fourfold.engine.requests import EngineConfig
 from fourfold.engine.sequence import Sequence
+from fourfold.engine.speculation import worthwhile
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Compute ``count`` tokens of ``sequence`` from position ``start``."""
+    """Compute ``count`` tokens of ``sequence`` from position ``start``, the last of them ``draft``."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ``count`` tokens."""
+        known = self.count - len(self.draft)
+        return self.sequence.tokens[self.start : self.start + known] + self.draft
 
     @property
     def yields_token(self) -> bool:
-        """Whether this chunk reaches the sequence's end, so that its last logits choose a token."""
-        return self.start + self.count == len(self.sequence.tokens)
+        """Whether this chunk reaches the sequence's end, so that the logits after it choose a token."""
+        return self.start + self.count - len(self.draft) == len(self.sequence.tokens)
 
 
 class Scheduler:
@@ -55,12 +64,25 @@ class Scheduler:
                 index += 1
         while preempted == self.preemptions and budget and self._admit():
             budget -= self._chunk(self.running[-1], budget, chunks)
+        if self.config.speculative_tokens:
+            self._speculate(chunks, budget)
         return chunks
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
         chunks.append(Chunk(sequence, sequence.computed, count))
         return count
+
+    def _speculate(self, chunks: list[Chunk], budget: int) -> None:
+        """Add drafts to the chunks that yield tokens, plain decodes staying first."""
+        yielding = [chunk for chunk in chunks if chunk.yields_token]
+        for chunk in yielding:
+            most = min(budget, self.config.speculative_tokens)
+            draft = chunk.sequence.propose(most, worthwhile(len(yielding)))
+            if draft and chunk.sequence.table.grow(len(chunk.sequence.tokens) + len(draft)):
+                chunk.draft, chunk.count = draft, chunk.count + len(draft)
+                budget -= len(draft)
+        chunks.sort(key=lambda chunk: chunk.count > 1)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Blocks for all tokens of ``sequence``, from the youngest if need be; False when that is itself."""
@@ -90,9 +112,12 @@ class Scheduler:
         return True
 
     def computed(self, chunk: Chunk) -> None:
-        """Account for a chunk that has run: its full blocks may be shared from now on."""
+        """Account for a chunk that has run, after its token is accepted: full blocks may be shared now.
+
+        Of a draft only what was accepted counts; the keys and values of the rest will be overwritten.
+        """
         sequence = chunk.sequence
-        sequence.computed = chunk.start + chunk.count
+        sequence.computed = min(chunk.start + chunk.count, len(sequence.tokens) - 1)
         sequence.table.publish(sequence.tokens, sequence.computed)
 
     def remove(self, sequence: Sequence) -> None:

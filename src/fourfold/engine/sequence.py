@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fourfold.engine.kv_cache import BlockTable
 from fourfold.engine.requests import FinishReason, Request, TokenOutput
 from fourfold.engine.sampling import Choice, SamplingState
+from fourfold.engine.speculation import Lookup
 from fourfold.engine.tokenizer import TextStream
 
 
@@ -50,24 +51,46 @@ class Sequence:
     stream: TextStream
     end_tokens: set[int]
     length_limit: int
+    ngrams: range  # sizes of what drafts are looked up by
     tokens: list[int] = field(init=False)
     computed: int = 0
     cached: int | None = None  # prompt tokens reused at the first admission; a preempted one keeps its count
     stop_text: StopText = field(init=False)
+    finished: bool = False
+    lookup: Lookup | None = None  # made for the first draft that is asked for
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)
         self.stop_text = StopText(self.request.sampling.stop)
 
-    def accept(self, choice: Choice) -> TokenOutput:
-        """Append a chosen token. Returns what to tell the caller; a finish reason ends the sequence."""
-        self.tokens.append(choice.token_id)
-        output = TokenOutput(
-            self.request.request_id, choice.token_id, "", choice.logprob, choice.top_logprobs
-        )
-        output.cached_tokens = self.cached or 0
-        output.text, output.finish_reason = self._advance(choice.token_id)
-        return output
+    def propose(self, most: int, chance: float) -> list[int]:
+        """A draft of up to ``most`` tokens, each of which comes with at least ``chance``."""
+        if self.lookup is None:
+            self.lookup = Lookup(self.tokens, self.ngrams)
+        room = self.length_limit - len(self.tokens) - 1  # a step adds one token more than its draft
+        return self.lookup.propose(min(most, room), chance)
+
+    def accept(self, choices: list[Choice]) -> list[TokenOutput]:
+        """Append chosen tokens up to where they end the sequence. Returns what to tell the caller."""
+        outputs = []
+        for choice in choices:
+            self.tokens.append(choice.token_id)
+            text, reason = self._advance(choice.token_id)
+            outputs.append(
+                TokenOutput(
+                    self.request.request_id,
+                    choice.token_id,
+                    text,
+                    choice.logprob,
+                    choice.top_logprobs,
+                    reason,
+                    self.cached or 0,
+                )
+            )
+            if reason is not None:
+                self.finished = True
+                break
+        return outputs
 
     def _advance(self, token_id: int) -> tuple[str, FinishReason | None]:
         may_stop = len(self.tokens) - len(self.request.prompt_token_ids) >= self.request.sampling.min_tokens
