@@ -1,5 +1,9 @@
 """The pieces that model architectures are made of. All take and return rows of tokens: [T, features]."""
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +52,7 @@ class FusedLinear:
 
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: float32 in, the weight's dtype out.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; float32 sums, ``dtype`` out.
 
     Computed as x * (weight sqrt(n)) / hypot(|x|, sqrt(n eps)) for n features: fewer and cheaper steps than
     torch's rms_norm has on a CPU, where it is put together from eight.
@@ -56,25 +60,48 @@ class RMSNorm:
 
     __slots__ = ("dtype", "floor", "weight")
 
-    def __init__(self, weight: Tensor, eps: float):
-        self.weight, self.dtype = weight.float() * len(weight) ** 0.5, weight.dtype
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype):
+        self.weight, self.dtype = weight.float() * len(weight) ** 0.5, dtype
         self.floor = torch.tensor((len(weight) * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [..., size] -> the same shape."""
+        x = x.float()
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * self.weight).div_(length.hypot_(self.floor)).to(self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Gating:
+    """What an MLP makes of gate and up: act(gate) * up with ``kind`` silu or gelu-tanh.
+
+    ``clamped-swish`` is gpt-oss's: g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up within
+    +-limit.
+    """
+
+    kind: Literal["silu", "gelu-tanh", "clamped-swish"] = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Gate and up [T, I] -> [T, I]."""
+        if self.kind == "silu":
+            return F.silu(gate).mul_(up)
+        if self.kind == "gelu-tanh":
+            return F.gelu(gate, approximate="tanh").mul_(up)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate.mul_((gate * self.alpha).sigmoid_()).mul_(up.add_(1))
+
+
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)), gate and up computed as one."""
+    """down(gating(gate(x), up(x))), gate and up computed as one, gate's rows first."""
 
-    __slots__ = ("down", "gate_up")
+    __slots__ = ("down", "gate_up", "gating")
 
-    def __init__(self, gate_up: Linear | FusedLinear, down: Linear):
-        self.gate_up, self.down = gate_up, down
+    def __init__(self, gate_up: Linear | FusedLinear, down: Linear, gating: Gating):
+        self.gate_up, self.down, self.gating = gate_up, down, gating
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [T, hidden] -> [T, hidden]."""
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up))
+        return self.down(self.gating(gate, up))

@@ -9,9 +9,10 @@ from fourfold.checkpoint.kv_scales import PER_HEAD, SCALED, scale_problem
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import KVCacheFormat
 from fourfold.core.registry import Registry
-from fourfold.engine.decoder import Decoder, Shape
+from fourfold.engine.decoder import Decoder
 from fourfold.engine.kv_format import KVFormat, kv_format
 from fourfold.engine.requests import EngineConfig
+from fourfold.engine.shape import Shape
 
 ARCHITECTURES = Registry("fourfold.engine.models", "MODEL", "architecture")
 DEFAULT_KV_BYTES = 1 << 30

@@ -18,6 +18,10 @@ class Weights:
         self.checkpoint, self.dtype = checkpoint, dtype
         self._names = set(checkpoint.names())
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter ``name``."""
+        return name in self._names
+
     def is_packed(self, name: str) -> bool:
         """Whether the checkpoint has the parameter ``name``, and in blocks."""
         return name in self._names and self.checkpoint.info(name).format is not None
@@ -53,16 +57,20 @@ class Weights:
         value = self.raw(name, shape)
         return value.dequantize(self.dtype) if isinstance(value, BlockTensor) else value
 
-    def norm(self, module: str, size: int, eps: float) -> RMSNorm:
-        """The RMSNorm ``module`` over ``size`` features."""
-        return RMSNorm(self.tensor(f"{module}.weight", (size,)), eps)
+    def norm(self, module: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
+        """The RMSNorm ``module`` over ``size`` features, whose weights are ``offset`` more than is stored."""
+        return RMSNorm(self.tensor(f"{module}.weight", (size,)).float() + offset, eps, self.dtype)
 
     def linear(self, module: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
         """The linear layer ``module``, its weight [out, in] as held and its scheme's activation format."""
         weight = self.raw(f"{module}.weight", (out_features, in_features))
         offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
+        return Linear(weight, offset, self.activation(module), self.rotation(module))
+
+    def activation(self, module: str) -> str | None:
+        """The format that inputs of ``module`` are rounded to, or None."""
         scheme = self.checkpoint.quantization.layer(module)
-        return Linear(weight, offset, scheme.activation if scheme else None, self.rotation(module))
+        return scheme.activation if scheme else None
 
     def rotation(self, module: str) -> Tensor | None:
         """What the inputs of ``module`` are turned by, float32 [32, 32], or None."""

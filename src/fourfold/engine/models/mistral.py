@@ -1,4 +1,4 @@
-"""Mistral: a Llama without biases, whose first release saw 4096 positions back."""
+"""Mistral: a Llama without biases, whose first release saw 4096 tokens back in every layer."""
 
 from typing import Any
 
@@ -6,12 +6,14 @@ from fourfold.engine.decoder import Decoder
 
 
 class Mistral(Decoder):
-    """``model_type: mistral``. A sliding window shorter than the context is refused."""
+    """``model_type: mistral``. A config that does not speak of its window has 4096, as in transformers."""
+
+    defaults = {"sliding_window": 4096}
 
     @classmethod
-    def window(cls, config: dict[str, Any]) -> int | None:
-        """``sliding_window``; as in transformers, a config that does not speak of it has 4096."""
-        return config.get("sliding_window", 4096)
+    def window(cls, config: dict[str, Any], layer: int) -> int | None:
+        """``sliding_window``, in every layer."""
+        return config.get("sliding_window")
 
 
 MODEL = Mistral
