@@ -1,4 +1,4 @@
-// Which instructions run: the best that the processor and this build have, or the one that a test names.
+// Which instructions run: the best that the processor and this build have, or those that a test names.
 #include <initializer_list>
 
 #include "packed_layout.h"
@@ -17,21 +17,36 @@ PackedIsa resolve(PackedIsa isa) {
     return isa == PackedIsa::automatic ? best : isa;
 }
 
-PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa) {
+PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa isa) {
+#if defined(FOURFOLD_AVX512VNNI)
+    if (arithmetic == Arithmetic::int8 && isa >= PackedIsa::avx512vnni) return packed_int8_avx512;
+#endif
+    (void)isa;
     return arithmetic == Arithmetic::int8 ? packed_int8_portable : packed_exact_portable;
 }
 
-PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa) {
+PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa isa) {
+#if defined(FOURFOLD_AVX512VNNI)
+    if (arithmetic == Arithmetic::int8 && isa >= PackedIsa::avx512vnni) return prepare_int8_avx512;
+#endif
+    (void)isa;
     return arithmetic == Arithmetic::int8 ? prepare_int8_portable : prepare_exact_portable;
-}
-
-Arithmetic arithmetic_for(const PackedWeight& weight, Arithmetic wanted) {
-    return weight.kind == WeightKind::bf16 ? Arithmetic::exact : wanted;
 }
 
 }  // namespace
 
-bool packed_isa_usable(PackedIsa isa) { return isa == PackedIsa::automatic || isa == PackedIsa::portable; }
+bool packed_isa_usable(PackedIsa isa) {
+    switch (isa) {
+#if defined(FOURFOLD_AVX512VNNI)
+        case PackedIsa::avx512vnni:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512vnni");
+#endif
+        default:
+            return isa == PackedIsa::automatic || isa == PackedIsa::portable;
+    }
+}
 
 std::int64_t prepared_bytes(Arithmetic arithmetic, std::int64_t m, std::int64_t k) {
     return m * prepared_row_bytes(arithmetic, k);
@@ -46,8 +61,8 @@ void prepare(Arithmetic arithmetic, const float* x, std::int64_t stride, std::in
 
 void linear(const PackedWeight& weight, Arithmetic arithmetic, const void* prepared, std::int64_t m, float* out,
             std::int64_t out_stride, std::int64_t tile_begin, std::int64_t tile_end, PackedIsa isa) {
-    PackedLinear call{weight, prepared, m, out, out_stride};
-    tiles_of(arithmetic_for(weight, arithmetic), resolve(isa))(call, tile_begin, tile_end);
+    const Arithmetic used = weight.kind == WeightKind::bf16 ? Arithmetic::exact : arithmetic;
+    tiles_of(used, resolve(isa))({weight, prepared, m, out, out_stride}, tile_begin, tile_end);
 }
 
 }  // namespace fourfold

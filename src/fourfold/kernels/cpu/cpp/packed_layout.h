@@ -22,12 +22,15 @@ constexpr std::int64_t code_bytes(WeightKind kind) {
     return kind == WeightKind::mxfp4 ? 256 : kind == WeightKind::int8 ? 512 : 1024;
 }
 
+// As a float 1.5 * 2^23, where a step of the last bit is worth 1: kRoundBits + s are the bits of 1.5 * 2^23 + s.
+inline constexpr std::int32_t kRoundBits = 0x4B400000;
+
 // A block of a row of x for `int8`. A row is padded to an odd number of cache lines, so that rows under each other do
 // not share the sets of a cache.
 struct Int8Block {
     std::int8_t codes[32];
-    float half_scale;         // of the scale; E2M1 codes are held doubled
-    std::int32_t minus_bias;  // -128 * sum of codes: weights are held with 128 added
+    float half_scale;    // of the scale; E2M1 codes are held doubled
+    std::int32_t start;  // kRoundBits - 128 * sum of codes: weights are held with 128 added
 };
 static_assert(sizeof(Int8Block) == 40, "kernels step by this");
 
@@ -59,5 +62,9 @@ void packed_int8_portable(const PackedLinear& call, std::int64_t tile_begin, std
 void packed_exact_portable(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void prepare_int8_portable(const float* x, std::int64_t k, void* row);
 void prepare_exact_portable(const float* x, std::int64_t k, void* row);
+#if defined(FOURFOLD_AVX512VNNI)
+void packed_int8_avx512(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void prepare_int8_avx512(const float* x, std::int64_t k, void* row);
+#endif
 
 }  // namespace fourfold

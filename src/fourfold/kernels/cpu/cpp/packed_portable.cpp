@@ -126,6 +126,7 @@ void prepare_block(const float* x, Int8Block& to) {
         largest = std::max(largest, bits & 0x7FFFFFFFu);
     }
     to = Int8Block{};
+    to.start = kRoundBits;
     const float amax = from_bits(largest);
     if (largest >= 0x7F800000u) to.half_scale = from_bits(0x7FC00000u);
     if (!(amax >= 0x1p-100f) || largest >= 0x7F800000u) return;
@@ -133,7 +134,7 @@ void prepare_block(const float* x, Int8Block& to) {
     to.half_scale = amax / 127.0f * 0.5f;
     for (int i = 0; i < 32; ++i) {
         to.codes[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * inverse));
-        to.minus_bias -= 128 * to.codes[i];
+        to.start -= 128 * to.codes[i];
     }
 }
 
