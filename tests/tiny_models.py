@@ -90,6 +90,14 @@ ARCHITECTURES: dict[str, dict] = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma2": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3_text": {
         "sliding_window": 8,
@@ -152,9 +160,31 @@ def build_architecture(folder: Path, model_type: str, **changes) -> Path:
     """A random model of one of ARCHITECTURES in which every parameter has its own values, norms and biases
     too, so that nothing which is left out or mixed up goes unseen.
     """
+    build_tiny_model(folder, model_type, **(ARCHITECTURES[model_type] | changes))
+    return make_distinct(folder)
+
+
+def build_gemma3(folder: Path, **changes) -> Path:
+    """A random gemma3: the text model of build_architecture and a vision tower, all values distinct."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=tiny_config("gemma3_text", **(ARCHITECTURES["gemma3_text"] | changes)),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+    return make_distinct(folder)
+
+
+def make_distinct(folder: Path) -> Path:
+    """Add noise to every parameter of a model, so that norms are not 1 and biases not 0."""
     from safetensors.torch import load_file, save_file
 
-    build_tiny_model(folder, model_type, **(ARCHITECTURES[model_type] | changes))
     generator = torch.Generator().manual_seed(7)
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
