@@ -15,7 +15,7 @@ from fourfold.core.errors import FourfoldError
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 40, 2
 # transformers 5.23 does not read the width of heads for qwen3 and takes its default
-HEADS_OF = {"llama": 16, "qwen3": 128}
+HEADS_OF = {"llama": 16, "qwen3": 128, "gemma3": 256}  # nor what gemma3's queries are scaled by
 Q4_1, Q8_0, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F32"))
 
 
@@ -34,7 +34,11 @@ def layer_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     }
     if architecture == "qwen2":
         shapes |= {f"{name}.bias": shapes[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
-    return shapes | ({"attn_q_norm": (head,), "attn_k_norm": (head,)} if architecture == "qwen3" else {})
+    if architecture in ("qwen3", "gemma3"):
+        shapes |= {"attn_q_norm": (head,), "attn_k_norm": (head,)}
+    if architecture == "gemma3":
+        shapes |= {"post_attention_norm": (HIDDEN,), "post_ffw_norm": (HIDDEN,)}
+    return shapes
 
 
 def write_gguf(
@@ -62,6 +66,8 @@ def write_gguf(
     writer.add_key_length(head)
     writer.add_value_length(head)
     add_tokenizer(writer)
+    if architecture == "gemma3":
+        writer.add_sliding_window(8)
     for key, value in (numbers or {}).items():
         kind = gguf.GGUFValueType.ARRAY if isinstance(value, list) else gguf.GGUFValueType.UINT32
         writer.kv_data[0][f"{architecture}.{key}"] = gguf.GGUFValue(value, kind)
@@ -107,7 +113,7 @@ def peers_model(path: Path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)]
+    ("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True), ("gemma3", True)]
 )
 def test_the_model_is_the_one_that_transformers_reads(tmp_path, architecture, tied):
     from transformers import AutoModelForCausalLM

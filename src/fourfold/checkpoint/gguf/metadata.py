@@ -5,33 +5,36 @@ without guessing (rotary scaling other than Llama 3's, experts) is refused, beca
 slightly wrong is worse.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fourfold.checkpoint.gguf.gemma import NORM_OFFSET, gemma3_settings
 from fourfold.checkpoint.gguf.rope import TENSOR, llama3_parameters
+from fourfold.checkpoint.gguf.values import START_AGAIN, Values
 from fourfold.checkpoint.storage.header import short
 from fourfold.core.errors import FourfoldError
-
-START_AGAIN = "Start from the model's Hugging Face folder instead."
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a GGUF architecture is called in transformers, and whether its q and k rows were permuted."""
+    """How a GGUF architecture is called in transformers, whether its q and k rows were permuted, and what was
+    added to the weights of its norms.
+    """
 
     model_type: str
     class_name: str
-    permuted: bool
+    permuted: bool = False
+    norm_offset: float = 0.0
 
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False),
+    "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=NORM_OFFSET),
 }
 REQUIRED = {
     "block_count": "num_hidden_layers",
@@ -67,26 +70,26 @@ def model_config(
     no model can have, and for what cannot be expressed.
     """
     architecture = architecture_of(path, metadata)
-    prefix = metadata["general.architecture"] + "."
-    values = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    _refuse_inexpressible(path, values)
+    values = Values(path, metadata["general.architecture"], metadata)
+    _refuse_inexpressible(values, architecture)
     config: dict[str, Any] = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "dtype": "bfloat16",
-        "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     for key, field in REQUIRED.items():
-        config[field] = _count(path, prefix + key, values.get(key))
+        config[field] = values.count(key)
     if config["num_hidden_layers"] > len(shapes):
-        raise _unusable(path, prefix + "block_count", config["num_hidden_layers"])
-    config["rms_norm_eps"] = _positive(path, prefix + EPSILON, values.get(EPSILON))
-    config["num_key_value_heads"] = _kv_heads(path, prefix, values, config["num_attention_heads"])
-    config["head_dim"] = _head_dim(path, prefix, values, config)
+        raise values.unusable("block_count", config["num_hidden_layers"])
+    config["rms_norm_eps"] = values.positive(EPSILON)
+    config["num_key_value_heads"] = _kv_heads(values, config["num_attention_heads"])
+    config["head_dim"] = _head_dim(values, config)
     config["vocab_size"] = _vocabulary(path, shapes)
-    theta = _positive(path, prefix + "rope.freq_base", values.get("rope.freq_base", 10000.0))
-    config["rope_theta"] = theta
+    if architecture.model_type == "gemma3_text":
+        return config | gemma3_settings(config, values) | token_ids(metadata)
+    theta = values.positive("rope.freq_base", 10000.0)
+    config |= {"hidden_act": "silu", "rope_theta": theta}
     config["rope_parameters"] = _rope(path, theta, config["head_dim"], divisors)
     if architecture.model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
@@ -100,31 +103,11 @@ def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     return {field: metadata[key] for key, field in keys.items() if type(metadata.get(key)) is int}
 
 
-def _count(path: Path, key: str, value: object) -> int:
-    # bool is an int in Python
-    if type(value) is not int or value < 1:
-        raise _unusable(path, key, value)
-    return value
-
-
-def _positive(path: Path, key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _unusable(path, key, value)
-    return float(value)
-
-
-def _unusable(path: Path, key: str, value: object) -> FourfoldError:
-    return FourfoldError(
-        f"{path} has no usable '{key}' in its metadata: {short(repr(value))}. It is damaged, or of a kind "
-        f"that Fourfold does not read. {START_AGAIN}"
-    )
-
-
-def _kv_heads(path: Path, prefix: str, values: dict[str, Any], heads: int) -> int:
+def _kv_heads(values: Values, heads: int) -> int:
     key = "attention.head_count_kv"
-    count = _count(path, prefix + key, values.get(key, heads))
+    count = values.count(key, heads)
     if heads % count:
-        raise _unusable(path, prefix + key, count)
+        raise values.unusable(key, count)
     return count
 
 
@@ -140,18 +123,12 @@ def _rope(path: Path, theta: float, head_dim: int, divisors: np.ndarray | None) 
     return parameters
 
 
-def _head_dim(path: Path, prefix: str, values: dict[str, Any], config: dict[str, Any]) -> int:
-    default = config["hidden_size"] // config["num_attention_heads"]
-    key = "attention.key_length"
-    head_dim = _count(path, prefix + key, values.get(key, default))
+def _head_dim(values: Values, config: dict[str, Any]) -> int:
+    head_dim = values.count("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     if values.get("attention.value_length", head_dim) != head_dim:
-        raise FourfoldError(
-            f"{path} has keys and values of different width ({prefix}attention). {START_AGAIN}"
-        )
+        raise values.inexpressible("attention", "has keys and values of different width")
     if values.get("rope.dimension_count", head_dim) != head_dim:
-        raise FourfoldError(
-            f"{path} rotates only part of each head ({prefix}rope.dimension_count). {START_AGAIN}"
-        )
+        raise values.inexpressible("rope.dimension_count", "rotates only part of each head")
     return head_dim
 
 
@@ -161,11 +138,12 @@ def _vocabulary(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     return shapes["token_embd.weight"][0]
 
 
-def _refuse_inexpressible(path: Path, values: dict[str, Any]) -> None:
-    if values.get("rope.scaling.type", "none") != "none":
-        raise FourfoldError(
-            f"{path} scales its rotary embeddings (rope.scaling), which cannot be taken over without "
-            f"guessing. {START_AGAIN}"
+def _refuse_inexpressible(values: Values, architecture: Architecture) -> None:
+    known = ("none", "linear") if architecture.model_type == "gemma3_text" else ("none",)
+    if values.get("rope.scaling.type", "none") not in known:
+        raise values.inexpressible(
+            "rope.scaling",
+            "scales its rotary embeddings in a way which cannot be taken over without guessing",
         )
     if values.get("expert_count", 0):
-        raise FourfoldError(f"{path} has experts, which Fourfold does not read from GGUF. {START_AGAIN}")
+        raise values.inexpressible("expert_count", "has experts, which Fourfold does not read from GGUF")

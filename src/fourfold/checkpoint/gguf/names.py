@@ -6,6 +6,8 @@ MODULES = ("model.embed_tokens", "model.norm", "lm_head")
 LAYER_MODULES = (
     "input_layernorm",
     "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
     "self_attn.q_proj",
     "self_attn.k_proj",
     "self_attn.v_proj",

@@ -33,10 +33,13 @@ UNROUNDED = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Placed:
-    """A stored tensor; ``heads`` is the number of heads when its rows are permuted."""
+    """A stored tensor; ``heads`` is the number of heads when its rows are permuted, ``offset`` what was added
+    to its values.
+    """
 
     stored: Stored
     heads: int | None
+    offset: float = 0.0
 
 
 class GGUFTensors:
@@ -55,7 +58,7 @@ class GGUFTensors:
     def load(self, name: str) -> torch.Tensor | BlockTensor:
         """Read and expand one tensor. Raises FourfoldError when the file is too short."""
         placed = self.tensors[name]
-        values = expand(read_bytes(self.path, placed.stored), placed.stored)
+        values = expand(read_bytes(self.path, placed.stored), placed.stored, placed.offset)
         return values if placed.heads is None else unpermute(values, placed.heads)
 
 
@@ -115,15 +118,16 @@ def read_bytes(path: Path, stored: Stored) -> np.ndarray:
     return raw
 
 
-def expand(raw: np.ndarray, stored: Stored) -> torch.Tensor:
-    """bf16 [stored.shape] from a tensor's bytes; each value is computed in float32 and rounded once."""
+def expand(raw: np.ndarray, stored: Stored, offset: float = 0.0) -> torch.Tensor:
+    """bf16 [stored.shape] from a tensor's bytes, less ``offset``; computed in float32 and rounded once."""
     rows = raw.reshape(stored.shape[0], -1) if len(stored.shape) > 1 else raw.reshape(1, -1)
     result = torch.empty(stored.shape, dtype=torch.bfloat16)
     flat = result.view(rows.shape[0], -1)
     step = max(1, SLICE_VALUES // max(1, flat.shape[1]))
     for start in range(0, rows.shape[0], step):
         part = gguf.dequantize(_typed(rows[start : start + step], stored.type), stored.type)
-        flat[start : start + step] = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
+        values = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
+        flat[start : start + step] = values - offset if offset else values
     return result
 
 
@@ -149,7 +153,7 @@ def _named(
     path: Path, metadata: dict[str, Any], config: dict[str, Any], stored: list[Stored]
 ) -> dict[str, Placed]:
     names = parameter_names(metadata["general.architecture"], int(config["num_hidden_layers"]))
-    permuted = architecture_of(path, metadata).permuted
+    architecture = architecture_of(path, metadata)
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": config["num_key_value_heads"]}
     tensors: dict[str, Placed] = {}
     for tensor in stored:
@@ -159,13 +163,14 @@ def _named(
                 f"{path} holds the tensor '{short(tensor.name)}', which has no place in a "
                 f"{config['architectures'][0]}. Start from the model's Hugging Face folder instead."
             )
-        own = next((n for part, n in heads.items() if part in name), None) if permuted else None
+        own = next((n for part, n in heads.items() if part in name), None) if architecture.permuted else None
         if own is not None and tensor.shape[0] % (2 * own):
             raise broken(
                 path,
                 f"its tensor '{short(tensor.name)}' has {tensor.shape[0]} rows, no pairs for {own} heads",
             )
-        tensors[name] = Placed(tensor, own)
+        is_norm = name.endswith("norm.weight")
+        tensors[name] = Placed(tensor, own, architecture.norm_offset if is_norm else 0.0)
     return tensors
 
 
