@@ -198,12 +198,32 @@ void run_item(const Work& work) {
 }
 
 const AttentionKernel& kernel_for(Isa isa, KVType type) {
-    (void)isa;
+    const auto runs = [isa](Isa it) { return isa == it || (isa == Isa::automatic && cpu_has(it)); };
+#if defined(FOURFOLD_AVX512BF16)
+    if (type != KVType::f32 && runs(Isa::avx512bf16)) return kAttentionAvx512Bf16;
+#endif
+#if defined(FOURFOLD_AVX512)
+    if (runs(Isa::avx512) || runs(Isa::avx512bf16)) return kAttentionAvx512;
+#endif
+    (void)runs;
     (void)type;
     return kAttentionPortable;
 }
 
 }  // namespace
+
+void key_offsets(const KeyTile& tile, std::int64_t (&offsets)[kTileKeys]) {
+    const AttentionProblem& p = *tile.problem;
+    const std::int64_t width = 2 * p.kv_heads * p.head_dim;
+    std::int64_t block = tile.begin / p.block_size, within = tile.begin % p.block_size;
+    for (std::int64_t i = 0; i < tile.end - tile.begin; ++i) {
+        offsets[i] = (tile.blocks[block] * p.block_size + within) * width + tile.kv_head * p.head_dim;
+        if (++within == p.block_size) {
+            within = 0;
+            ++block;
+        }
+    }
+}
 
 std::int64_t attention_scratch_bytes(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                                      std::int64_t longest) {

@@ -38,6 +38,9 @@ struct AttentionKernel {
 
 constexpr std::int64_t kStateTail = 16;
 
+// Where the keys of a tile begin in the cache, in elements; their values stand kv_heads * head_dim further on.
+void key_offsets(const KeyTile& tile, std::int64_t (&offsets)[kTileKeys]);
+
 extern const AttentionKernel kAttentionPortable;
 #if defined(FOURFOLD_AVX512)
 extern const AttentionKernel kAttentionAvx512;

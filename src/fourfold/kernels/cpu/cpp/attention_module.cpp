@@ -86,22 +86,25 @@ void attend(nb::handle q_tensor, nb::handle cache_tensor, nb::handle span_tensor
     Matrix q(q_tensor, "q"), cache(cache_tensor, "cache"), spans(span_tensor, "spans"), tables(table_tensor, "tables");
     Matrix out(out_tensor, "out", true);
     const Isa isa = parse_isa(isa_name);
-    if (head_dim < 16 || head_dim % 16 || head_dim > kMostHeadDim) throw nb::value_error("head_dim must be 16, 32, ... 1024");
+    if (head_dim < 16 || head_dim % 16 || head_dim > kMostHeadDim)
+        throw nb::value_error("head_dim must be 16, 32, ... 1024");
     if (kv_heads < 1 || q.columns() % (kv_heads * head_dim)) q.fail("must be [T, heads * head_dim]");
     if (block_size < 1 || cache.columns() != block_size * 2 * kv_heads * head_dim)
         cache.fail("must be [blocks, block_size * 2 * kv_heads * head_dim]");
-    if (!(scale > 0.0f) || softcap < 0.0f || window < 0) throw nb::value_error("scale must be > 0, softcap and window >= 0");
+    if (!(scale > 0.0f) || softcap < 0.0f || window < 0)
+        throw nb::value_error("scale must be > 0, softcap and window >= 0");
     expect_floats(q, q.rows(), q.columns());
     expect_floats(out, q.rows(), q.columns());
     const std::int64_t heads = q.columns() / head_dim;
     const Spans checked(spans, tables, q.rows(), cache.rows(), block_size);
     const std::int64_t bytes = attention_scratch_bytes(heads, kv_heads, head_dim, checked.longest);
-    std::unique_ptr<void, Free> scratch(std::calloc(static_cast<std::size_t>(bytes), 1));
+    std::unique_ptr<void, Free> scratch(std::calloc(static_cast<std::size_t>(bytes) + 64, 1));
     if (!scratch) throw std::bad_alloc();
+    auto* aligned = static_cast<char*>(scratch.get()) + (64 - reinterpret_cast<std::uintptr_t>(scratch.get()) % 64);
     const AttentionProblem problem{q.data<const float>(), heads, kv_heads, head_dim, cache.data(), kv_type(cache),
                                    optional_row(kv_scales, "kv_scales", 2 * kv_heads), block_size,
-                                   checked.spans.data(), static_cast<std::int64_t>(checked.spans.size()), scale, softcap,
-                                   window, optional_row(sinks, "sinks", heads), out.data<float>(), scratch.get()};
+                                   checked.spans.data(), static_cast<std::int64_t>(checked.spans.size()), scale,
+                                   softcap, window, optional_row(sinks, "sinks", heads), out.data<float>(), aligned};
     nb::gil_scoped_release unlocked;
     const Task task{problem, isa};
     auto body = [](const void* context, std::int64_t begin, std::int64_t end) {

@@ -26,15 +26,13 @@ void pack_tile(const KeyTile& tile, void* packed) {
     const AttentionProblem& p = *tile.problem;
     float* keys = static_cast<float*>(packed);
     float* values = keys + kTileKeys * p.head_dim;
-    for (std::int64_t i = tile.begin; i < tile.end; ++i) {
-        std::int64_t slot = tile.blocks[i / p.block_size] * p.block_size + i % p.block_size;
-        std::int64_t key = (slot * 2 * p.kv_heads + tile.kv_head) * p.head_dim;
-        std::int64_t value = key + p.kv_heads * p.head_dim;
+    std::int64_t offsets[kTileKeys];
+    key_offsets(tile, offsets);
+    for (std::int64_t i = 0; i < tile.end - tile.begin; ++i)
         for (std::int64_t d = 0; d < p.head_dim; ++d) {
-            keys[d * kTileKeys + i - tile.begin] = kv_value(p.cache, p.type, key + d);
-            values[(i - tile.begin) * p.head_dim + d] = kv_value(p.cache, p.type, value + d);
+            keys[d * kTileKeys + i] = kv_value(p.cache, p.type, offsets[i] + d);
+            values[i * p.head_dim + d] = kv_value(p.cache, p.type, offsets[i] + p.kv_heads * p.head_dim + d);
         }
-    }
 }
 
 void scores(const KeyTile& tile, const float* keys, const float* q, std::int64_t count, float* s) {
