@@ -151,9 +151,15 @@ void go_through(const Work& work, std::int64_t from, std::int64_t to, float* sta
     pack_queries(work, packed + tile_bytes);
     for (std::int64_t i = from; i < to; ++i, rows.states += step) {
         const std::int64_t begin = (item.first_tile + i) * kTileKeys;
-        KeyTile tile{&p, item.span->blocks, item.kv_head, begin, std::min(begin + kTileKeys, start + item.tokens)};
-        work.kernel.pack_tile(tile, packed);
-        work.kernel.attend(tile, packed, rows);
+        const std::int64_t end = std::min(begin + kTileKeys, start + item.tokens);
+        const std::int64_t next = i + 1 < to ? std::min(end + kTileKeys, start + item.tokens) - end : 0;
+        const KeyTile tile{&p, item.span->blocks, item.kv_head, begin, end, next, i == from};
+        if (work.kernel.attend_few && rows.count <= kFewRows) {
+            work.kernel.attend_few(tile, rows);
+        } else {
+            work.kernel.pack_tile(tile, packed);
+            work.kernel.attend(tile, packed, rows);
+        }
     }
 }
 
@@ -200,10 +206,10 @@ void run_item(const Work& work) {
 const AttentionKernel& kernel_for(Isa isa, KVType type) {
     const auto runs = [isa](Isa it) { return isa == it || (isa == Isa::automatic && cpu_has(it)); };
 #if defined(FOURFOLD_AVX512BF16)
-    if (type != KVType::f32 && runs(Isa::avx512bf16)) return kAttentionAvx512Bf16;
+    if (type != KVType::f32 && runs(Isa::avx512bf16)) return kAttentionAvx512Bf16[static_cast<int>(type)];
 #endif
 #if defined(FOURFOLD_AVX512)
-    if (runs(Isa::avx512) || runs(Isa::avx512bf16)) return kAttentionAvx512;
+    if (runs(Isa::avx512) || runs(Isa::avx512bf16)) return kAttentionAvx512[static_cast<int>(type)];
 #endif
     (void)runs;
     (void)type;
@@ -212,16 +218,15 @@ const AttentionKernel& kernel_for(Isa isa, KVType type) {
 
 }  // namespace
 
-void key_offsets(const KeyTile& tile, std::int64_t (&offsets)[kTileKeys]) {
+void key_offsets(const KeyTile& tile, std::int64_t count, std::int64_t* offsets) {
     const AttentionProblem& p = *tile.problem;
     const std::int64_t width = 2 * p.kv_heads * p.head_dim;
-    std::int64_t block = tile.begin / p.block_size, within = tile.begin % p.block_size;
-    for (std::int64_t i = 0; i < tile.end - tile.begin; ++i) {
-        offsets[i] = (tile.blocks[block] * p.block_size + within) * width + tile.kv_head * p.head_dim;
-        if (++within == p.block_size) {
-            within = 0;
-            ++block;
-        }
+    const std::int32_t* block = tile.blocks + tile.begin / p.block_size;
+    std::int64_t within = tile.begin % p.block_size;
+    for (std::int64_t i = 0; i < count; within = 0, ++block) {
+        std::int64_t at = (*block * p.block_size + within) * width + tile.kv_head * p.head_dim;
+        const std::int64_t end = std::min(count, i + p.block_size - within);
+        for (; i < end; ++i, at += width) offsets[i] = at;
     }
 }
 

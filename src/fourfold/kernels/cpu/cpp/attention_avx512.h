@@ -1,12 +1,10 @@
-// Attention for AVX-512, for float32 and for bf16 dot products alike. For files compiled for AVX-512, each with
-// its own copy.
+// Attention for AVX-512: softmax over one tile, for a block of rows. For files compiled for AVX-512, each with its
+// own copy; shared by float32 and bf16 arithmetic.
 //
-// A lane is 4 bytes: one float32, or the bf16 of two neighbours. A packed tile is the keys, [16 columns of 16
-// keys][D in lanes][16 keys], then the values, [keys in lanes][D]. So scores and sums of values are both outer
-// products: a row of vectors times a lane of a query, or of its weights, broadcast. Six rows by four vectors fill the
-// registers; every sum runs in one order whatever the rows beside it are.
-//
-// An Arithmetic has: kPer (values in a lane), dot(sum, lanes, lanes), store_weights (32 floats to 32 weights).
+// A lane is 4 bytes: one float32, or the bf16 of two neighbours. An Arithmetic has: kPer (values in a lane),
+// dot(sum, lanes, lanes), and store_weights (32 floats to 32 weights). Scores and sums of values are both outer
+// products, vectors of 16 keys or features times a lane of a query, or of its weights, broadcast. Every sum runs in
+// one order whatever the rows beside it are.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +17,7 @@ namespace fourfold {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr int kRowsTogether = 6;
+constexpr int kRowsTogether = 8;  // at most
 constexpr std::int64_t kColumn = 16;  // keys
 constexpr std::int64_t kColumns = kTileKeys / kColumn;
 
@@ -67,34 +65,31 @@ struct Block {
     alignas(64) float weights[kRowsTogether][kTileKeys];  // lanes
 };
 
-template <class A, int R, int C>
-inline void score_columns(const float* keys, std::int64_t lanes, const float* query, float* scores) {
-    __m512 sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    for (std::int64_t i = 0; i < lanes; ++i) {
-        __m512 key[C];
-        for (int c = 0; c < C; ++c) key[c] = _mm512_load_ps(keys + (c * lanes + i) * kColumn);
-        for (int r = 0; r < R; ++r) {
-            const __m512 q = _mm512_set1_ps(query[r * lanes + i]);
-            for (int c = 0; c < C; ++c) sums[r][c] = A::dot(sums[r][c], key[c], q);
-        }
+// What R rows from `row` on see of the tile; false if nothing.
+template <class A, int R>
+inline bool look(const KeyTile& tile, const QueryRows& rows, std::int64_t row, Block& block) {
+    const AttentionProblem& p = *tile.problem;
+    block.query = static_cast<const float*>(rows.queries) + row * (p.head_dim / A::kPer);
+    block.states = rows.states + row * (p.head_dim + kStateTail);
+    std::int64_t first = kTileKeys, last = 0;
+    for (int r = 0; r < R; ++r) {
+        const std::int64_t position = rows.start + (row + r) / rows.group;
+        block.begin[r] = p.window ? most(0, position - p.window + 1 - tile.begin) : 0;
+        block.end[r] = least(tile.end, position + 1) - tile.begin;
+        first = least(first, block.begin[r]);
+        last = most(last, block.end[r]);
     }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) _mm512_store_ps(scores + r * kTileKeys + c * kColumn, sums[r][c]);
-}
-
-template <class A, int R, int C>
-inline void score(const float* keys, std::int64_t lanes, Block& block, std::int64_t column) {
-    for (; column + C <= block.last_column; column += C)
-        score_columns<A, R, C>(keys + column * lanes * kColumn, lanes, block.query,
-                               &block.scores[0][column * kColumn]);
-    if constexpr (C > 1) score<A, R, C / 2>(keys, lanes, block, column);
+    // columns in pairs, for weights are made 32 at a time
+    block.first_column = first / (2 * kColumn) * 2;
+    block.last_column = (last + 2 * kColumn - 1) / (2 * kColumn) * 2;
+    return first < last;
 }
 
 // Scores of row r to weights; its maximum and sum go into its state.
 template <class A>
-inline void weigh(const AttentionProblem& p, float key_scale, Block& block, int r) {
+inline void weigh(const KeyTile& tile, Block& block, int r) {
+    const AttentionProblem& p = *tile.problem;
+    const float key_scale = p.kv_scales ? p.kv_scales[tile.kv_head] : 1.0f;
     float* scores = block.scores[r];
     const std::int64_t begin = block.begin[r], end = block.end[r];
     float scale = p.scale * key_scale * kLog2E;
@@ -132,20 +127,9 @@ inline void weigh(const AttentionProblem& p, float key_scale, Block& block, int 
     state[1] = __builtin_fmaf(_mm512_reduce_add_ps(total), block.added[r], state[1] * block.kept[r]);
 }
 
-template <class A, int R, int C>
-inline void sum_columns(const float* values, std::int64_t head_dim, const Block& block, std::int64_t d) {
-    __m512 sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    const std::int64_t from = block.first_column * kColumn / A::kPer, to = block.last_column * kColumn / A::kPer;
-    for (std::int64_t k = from; k < to; ++k) {
-        __m512 value[C];
-        for (int c = 0; c < C; ++c) value[c] = _mm512_load_ps(values + k * head_dim + d + c * 16);
-        for (int r = 0; r < R; ++r) {
-            const __m512 weight = _mm512_set1_ps(block.weights[r][k]);
-            for (int c = 0; c < C; ++c) sums[r][c] = A::dot(sums[r][c], value[c], weight);
-        }
-    }
+// Adds R rows' sums over the tile to their states, features [d, d + 16 C).
+template <int R, int C>
+inline void add_to_states(const __m512 (&sums)[R][C], const Block& block, std::int64_t head_dim, std::int64_t d) {
     for (int r = 0; r < R; ++r) {
         const __m512 kept = _mm512_set1_ps(block.kept[r]), added = _mm512_set1_ps(block.added[r]);
         float* state = block.states + r * (head_dim + kStateTail) + d;
@@ -153,52 +137,6 @@ inline void sum_columns(const float* values, std::int64_t head_dim, const Block&
             __m512 old = _mm512_mul_ps(_mm512_load_ps(state + c * 16), kept);
             _mm512_store_ps(state + c * 16, _mm512_fmadd_ps(sums[r][c], added, old));
         }
-    }
-}
-
-template <class A, int R, int C>
-inline void sum_values(const float* values, std::int64_t head_dim, const Block& block, std::int64_t d) {
-    for (; d + C * 16 <= head_dim; d += C * 16) sum_columns<A, R, C>(values, head_dim, block, d);
-    if constexpr (C > 1) sum_values<A, R, C / 2>(values, head_dim, block, d);
-}
-
-template <class A, int R>
-void attend_block(const KeyTile& tile, const float* packed, const QueryRows& rows, std::int64_t row) {
-    constexpr int C = R > 3 ? 4 : 8;
-    const AttentionProblem& p = *tile.problem;
-    const std::int64_t lanes = p.head_dim / A::kPer;
-    Block block;
-    block.query = static_cast<const float*>(rows.queries) + row * lanes;
-    block.states = rows.states + row * (p.head_dim + kStateTail);
-    std::int64_t first = kTileKeys, last = 0;
-    for (int r = 0; r < R; ++r) {
-        const std::int64_t position = rows.start + (row + r) / rows.group;
-        block.begin[r] = p.window ? most(0, position - p.window + 1 - tile.begin) : 0;
-        block.end[r] = least(tile.end, position + 1) - tile.begin;
-        first = least(first, block.begin[r]);
-        last = most(last, block.end[r]);
-    }
-    if (first >= last) return;
-    // columns in pairs, for weights are made 32 at a time
-    block.first_column = first / (2 * kColumn) * 2;
-    block.last_column = (last + 2 * kColumn - 1) / (2 * kColumn) * 2;
-    score<A, R, C>(packed, lanes, block, block.first_column);
-    const float key_scale = p.kv_scales ? p.kv_scales[tile.kv_head] : 1.0f;
-    for (int r = 0; r < R; ++r) weigh<A>(p, key_scale, block, r);
-    sum_values<A, R, C>(packed + kColumns * lanes * kColumn, p.head_dim, block, 0);
-}
-
-template <class A>
-void attend_rows(const KeyTile& tile, const void* packed, const QueryRows& rows) {
-    auto* lanes = static_cast<const float*>(packed);
-    std::int64_t row = 0;
-    for (; row + 6 <= rows.count; row += 6) attend_block<A, 6>(tile, lanes, rows, row);
-    switch (rows.count - row) {
-        case 5: return attend_block<A, 5>(tile, lanes, rows, row);
-        case 4: return attend_block<A, 4>(tile, lanes, rows, row);
-        case 3: return attend_block<A, 3>(tile, lanes, rows, row);
-        case 2: return attend_block<A, 2>(tile, lanes, rows, row);
-        case 1: return attend_block<A, 1>(tile, lanes, rows, row);
     }
 }
 
@@ -213,30 +151,6 @@ void merge_states(float* state, const float* part, std::int64_t head_dim) {
     }
     state[head_dim] = both;
     state[head_dim + 1] = __builtin_fmaf(part[head_dim + 1], added, state[head_dim + 1] * kept);
-}
-
-// 16 vectors of 16 lanes: lane j of vector i becomes lane i of vector j.
-inline void transpose(__m512i (&rows)[16]) {
-    __m512i pairs[16], quads[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-        }
-    for (int j = 0; j < 4; ++j) {
-        __m512i a = _mm512_shuffle_i32x4(quads[j], quads[j + 4], 0x88);
-        __m512i b = _mm512_shuffle_i32x4(quads[j], quads[j + 4], 0xDD);
-        __m512i c = _mm512_shuffle_i32x4(quads[j + 8], quads[j + 12], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(quads[j + 8], quads[j + 12], 0xDD);
-        rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        rows[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        rows[j + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        rows[j + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
 }
 
 }  // namespace

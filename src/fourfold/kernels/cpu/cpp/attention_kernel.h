@@ -17,6 +17,8 @@ struct KeyTile {
     const AttentionProblem* problem;
     const std::int32_t* blocks;
     std::int64_t kv_head, begin, end;  // positions; begin is a multiple of kTileKeys, end - begin at most that
+    std::int64_t next;                 // how many positions after `end` will be wanted soon
+    bool first;                        // nobody announced this tile as `next`
 };
 
 struct QueryRows {
@@ -31,22 +33,25 @@ struct AttentionKernel {
     std::int64_t (*query_bytes)(std::int64_t head_dim);
     void (*pack_query)(const float* q, std::int64_t head_dim, void* packed);
     void (*pack_tile)(const KeyTile& tile, void* packed);
-    // merges the tile into the rows' states
+    // both merge the tile into the rows' states; the second, null or for 1 to kFewRows rows, needs no packed tile
     void (*attend)(const KeyTile& tile, const void* packed, const QueryRows& rows);
+    void (*attend_few)(const KeyTile& tile, const QueryRows& rows);
     void (*merge)(float* state, const float* part, std::int64_t head_dim);
 };
 
 constexpr std::int64_t kStateTail = 16;
 
+constexpr std::int64_t kFewRows = 8;
+
 // Where the keys of a tile begin in the cache, in elements; their values stand kv_heads * head_dim further on.
-void key_offsets(const KeyTile& tile, std::int64_t (&offsets)[kTileKeys]);
+void key_offsets(const KeyTile& tile, std::int64_t count, std::int64_t* offsets);
 
 extern const AttentionKernel kAttentionPortable;
 #if defined(FOURFOLD_AVX512)
-extern const AttentionKernel kAttentionAvx512;
+extern const AttentionKernel kAttentionAvx512[3];  // by KVType
 #endif
 #if defined(FOURFOLD_AVX512BF16)
-extern const AttentionKernel kAttentionAvx512Bf16;  // caches of bf16 and fp8
+extern const AttentionKernel kAttentionAvx512Bf16[3];  // f32 is missing
 #endif
 
 }  // namespace fourfold

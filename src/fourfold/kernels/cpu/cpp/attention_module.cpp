@@ -83,8 +83,8 @@ struct Free {
 void attend(nb::handle q_tensor, nb::handle cache_tensor, nb::handle span_tensor, nb::handle table_tensor,
             nb::handle out_tensor, std::int64_t kv_heads, std::int64_t head_dim, std::int64_t block_size, float scale,
             float softcap, std::int64_t window, nb::handle kv_scales, nb::handle sinks, const std::string& isa_name) {
-    Matrix q(q_tensor, "q"), cache(cache_tensor, "cache"), spans(span_tensor, "spans"), tables(table_tensor, "tables");
-    Matrix out(out_tensor, "out", true);
+    Matrix q(q_tensor, "q"), cache(cache_tensor, "cache"), out(out_tensor, "out", true);
+    Matrix spans(span_tensor, "spans"), tables(table_tensor, "tables");
     const Isa isa = parse_isa(isa_name);
     if (head_dim < 16 || head_dim % 16 || head_dim > kMostHeadDim)
         throw nb::value_error("head_dim must be 16, 32, ... 1024");

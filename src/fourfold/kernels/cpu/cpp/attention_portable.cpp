@@ -27,7 +27,7 @@ void pack_tile(const KeyTile& tile, void* packed) {
     float* keys = static_cast<float*>(packed);
     float* values = keys + kTileKeys * p.head_dim;
     std::int64_t offsets[kTileKeys];
-    key_offsets(tile, offsets);
+    key_offsets(tile, tile.end - tile.begin, offsets);
     for (std::int64_t i = 0; i < tile.end - tile.begin; ++i)
         for (std::int64_t d = 0; d < p.head_dim; ++d) {
             keys[d * kTileKeys + i] = kv_value(p.cache, p.type, offsets[i] + d);
@@ -90,6 +90,6 @@ void attend(const KeyTile& tile, const void* packed, const QueryRows& rows) {
 
 }  // namespace
 
-const AttentionKernel kAttentionPortable = {tile_bytes, query_bytes, pack_query, pack_tile, attend, merge};
+const AttentionKernel kAttentionPortable = {tile_bytes, query_bytes, pack_query, pack_tile, attend, nullptr, merge};
 
 }  // namespace fourfold
