@@ -146,7 +146,7 @@ class PagedAttention:
         spans = [(first_seen(c.start, scoring.window) // size, c.start // size + 1) for c in chunks]
         width = max((end - first for first, end in spans), default=0)
         rows = [
-            c.sequence.table.blocks[first:end] + [0] * (width - end + first)
+            c.sequence.table.blocks[first:end].tolist() + [0] * (width - end + first)
             for c, (first, end) in zip(chunks, spans, strict=True)
         ]
         own = torch.tensor([c.start - first * size for c, (first, _) in zip(chunks, spans, strict=True)])

@@ -17,6 +17,7 @@ from fourfold.core.records import ModelCard
 from fourfold.engine.attention import DenseAttention, PagedAttention
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
 from fourfold.engine.loading import build_kv_format, choose_dtype, find_architecture, kv_block_count
+from fourfold.engine.native import NativeDecoder, compile
 from fourfold.engine.requests import (
     Completion,
     EngineConfig,
@@ -25,8 +26,8 @@ from fourfold.engine.requests import (
     SamplingParams,
     TokenOutput,
 )
-from fourfold.engine.sampling import SamplingState, choose
-from fourfold.engine.scheduler import Scheduler
+from fourfold.engine.sampling import Choice, SamplingState, choose
+from fourfold.engine.scheduler import Chunk, Scheduler
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.tokenizer import Tokenizer
 from fourfold.engine.weights import Weights
@@ -51,6 +52,9 @@ class Engine:
         self._kv_format = build_kv_format(checkpoint, config, self.model)
         self._card = self._card.model_copy(update={"kv_cache_format": self._kv_format.name})
         blocks = kv_block_count(config, shape, self._kv_format)
+        native = compile(self.model, self._kv_format, config)
+        self._native = native if isinstance(native, NativeDecoder) else None
+        self.arithmetic = f"torch: {native}" if isinstance(native, str) else native.arithmetic
         self.cache = KVCache(shape.layers, blocks, config.kv_block_size, shape.kv_heads, self._kv_format)
         self.scheduler = Scheduler(config, BlockPool(blocks, config.kv_block_size, config.prefix_cache))
         self._sequences: dict[str, Sequence] = {}
@@ -125,17 +129,8 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        token_ids = [t for c in chunks for t in c.token_ids]
-        hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
-        rows, end = [], 0  # where a token is chosen: after the last known token, and after each of its draft
-        for chunk in chunks:
-            end += chunk.count
-            rows += range(end - 1 - len(chunk.draft), end) if chunk.yields_token else ()
         yielding = [chunk for chunk in chunks if chunk.yields_token]
-        runs = []
-        if rows:
-            logits = self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-            runs = choose(logits, [c.sequence.sampling for c in yielding], [c.draft for c in yielding])
+        runs = self._choose(chunks, yielding)
         self._counters.steps += 1  # nothing has advanced before here, so a step that raised can be repeated
         outputs = [o for c, run in zip(yielding, runs, strict=True) for o in c.sequence.accept(run)]
         for chunk in chunks:
@@ -145,6 +140,23 @@ class Engine:
         self._counters.accepted_draft_tokens += len(outputs) - len(yielding)
         self._retire([c.sequence for c in yielding if c.sequence.finished])
         return outputs
+
+    def _choose(self, chunks: list[Chunk], yielding: list[Chunk]) -> list[list[Choice]]:
+        """The next tokens of the sequences of ``yielding``, which are those of ``chunks`` that end."""
+        states = [chunk.sequence.sampling for chunk in yielding]
+        drafts = [chunk.draft for chunk in yielding]
+        rows, end = [], 0  # where a token is chosen: after the last known token, and after each of its draft
+        for chunk in chunks:
+            end += chunk.count
+            rows += range(end - 1 - len(chunk.draft), end) if chunk.yields_token else ()
+        if self._native is not None:
+            logits, likeliest = self._native.step(self.cache, chunks, rows)
+            return choose(logits, states, drafts, likeliest) if rows else []
+        token_ids = [t for c in chunks for t in c.token_ids]
+        hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
+        if not rows:
+            return []
+        return choose(self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows]), states, drafts)
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling: SamplingParams | Seq[SamplingParams] | None = None
@@ -193,6 +205,8 @@ class Engine:
             raise UsageError(
                 f"{len(token_ids)} tokens are more than the model's {self.max_positions} positions."
             )
+        if self._native:
+            return self._native.logits(token_ids)
         attention = DenseAttention(len(token_ids), self.model.shape.kv_heads, self._kv_format)
         hidden = self.model.hidden(torch.tensor(token_ids), attention)
         result = np.empty((len(token_ids), self.model.shape.vocabulary), dtype=np.float32)
@@ -210,17 +224,23 @@ class Engine:
     def embedded(self, token_ids: list[int]) -> np.ndarray:
         """Float32 states [T, H] of a sequence before the first layer. Raises UsageError for unknown ids."""
         self._check_tokens(token_ids)
+        if self._native:
+            return self._native.embedded(token_ids)
         return self.model.embed(torch.tensor(token_ids)).numpy()
 
     @torch.inference_mode()
     def through(self, hidden: np.ndarray, first: int, end: int) -> np.ndarray:
         """States [T, H] of a whole sequence from before layer ``first`` to before layer ``end``."""
+        if self._native:
+            return self._native.through(hidden, first, end)
         attention = DenseAttention(len(hidden), self.model.shape.kv_heads, self._kv_format)
         return self.model.through(torch.tensor(hidden), attention, first, end).numpy()
 
     @torch.inference_mode()
     def logits_of(self, hidden: np.ndarray) -> np.ndarray:
         """Float32 logits [T, V] of states [T, H] that have passed every layer."""
+        if self._native:
+            return self._native.logits_of(hidden)
         return self.model.logits(torch.from_numpy(hidden)).float().numpy()
 
     def _retire(self, sequences: list[Sequence]) -> None:

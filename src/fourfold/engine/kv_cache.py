@@ -6,6 +6,7 @@ nobody holds stays findable until the pool, oldest first, hands it to someone el
 out: it stays zero and pads tables in batched reads. The price of sharing is a digest per full block.
 """
 
+from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
@@ -84,7 +85,7 @@ class BlockTable:
 
     def __init__(self, pool: BlockPool):
         self.pool = pool
-        self.blocks: list[int] = []
+        self.blocks = array("i")  # what C++ reads without a conversion
         self._digests: list[bytes] = []
         self._published = 0
 
@@ -124,7 +125,7 @@ class BlockTable:
         """Give every block back, the last first, so that beginnings stay findable longest."""
         for block in reversed(self.blocks):
             self.pool.release(block)
-        self.blocks.clear()
+        del self.blocks[:]
         self._published = 0
 
     def _digest(self, index: int, tokens: list[int]) -> bytes:

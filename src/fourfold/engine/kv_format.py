@@ -82,6 +82,7 @@ class Fp8(KVFormat):
     def __init__(self, name: KVCacheFormat, dtype: torch.dtype, head_dim: int, scales: Tensor | None = None):
         super().__init__(dtype, head_dim, torch.uint8)
         self.name = name
+        self.scales = scales
         self._scales = None if scales is None else scales.float().unsqueeze(-1)
         values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         self._values = (values if self._scales is None else values * self._scales).to(dtype)

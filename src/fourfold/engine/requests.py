@@ -15,6 +15,7 @@ from fourfold.core.records import Record
 FinishReason = Literal["stop", "length"]
 DtypeName = Literal["auto", "bfloat16", "float32"]
 KVCacheChoice = Literal["auto", "none", KVCacheFormat]
+ArithmeticName = Literal["auto", "int8", "exact"]
 
 
 class EngineConfig(Record):
@@ -43,6 +44,11 @@ class EngineConfig(Record):
     kv_cache: KVCacheChoice = Field(
         default="auto",
         description="how keys and values are held; auto: as the checkpoint says, none: in dtype",
+    )
+    arithmetic: ArithmeticName = Field(
+        default="auto",
+        description="of linear layers; int8: inputs rounded to int8 in blocks of 32, exact: only to dtype; "
+        "auto: int8 where the checkpoint's own rounding of inputs is none, or of 8 bits",
     )
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of an equal prompt beginning")
     speculative_tokens: int = Field(

@@ -100,12 +100,16 @@ class Row:
 
 
 def choose(
-    logits: torch.Tensor, states: list[SamplingState], drafts: list[list[int]] | None = None
+    logits: torch.Tensor,
+    states: list[SamplingState],
+    drafts: list[list[int]] | None = None,
+    likeliest: torch.Tensor | None = None,
 ) -> list[list[Choice]]:
     """The next tokens of each request, from 1 + len(draft) rows of ``logits`` [.., V] (any float dtype) each.
 
     They are the part of the draft that would have been chosen anyway, and one more. States advance by them
-    at the end: all of them or, when anything raises, none.
+    at the end: all of them or, when anything raises, none. ``likeliest`` [..] are the rows' first largest,
+    where they are known already.
     """
     drafts = drafts or [[]] * len(states)
     rows = [
@@ -113,7 +117,7 @@ def choose(
         for state, draft in zip(states, drafts, strict=True)
         for n in range(len(draft) + 1)
     ]
-    choices = iter(choose_rows(logits.float(), rows))
+    choices = iter(choose_rows(logits.float(), rows, likeliest))
     runs = [agreeing(list(islice(choices, len(draft) + 1)), draft) for draft in drafts]
     for state, run in zip(states, runs, strict=True):
         for choice in run:
@@ -128,7 +132,7 @@ def agreeing(choices: list[Choice], draft: list[int]) -> list[Choice]:
     return choices[: count + 1]
 
 
-def choose_rows(logits: torch.Tensor, rows: list[Row]) -> list[Choice]:
+def choose_rows(logits: torch.Tensor, rows: list[Row], likeliest: torch.Tensor | None = None) -> list[Choice]:
     """One token for each row of float32 ``logits`` [B, V]; no state advances."""
     asked = [i for i, row in enumerate(rows) if row.state.params.logprobs is not None]
     raw = logits[asked].log_softmax(-1) if asked else None
@@ -137,7 +141,7 @@ def choose_rows(logits: torch.Tensor, rows: list[Row]) -> list[Choice]:
         logits = logits.clone()
         for i in edited:
             rows[i].state.edit(logits[i], rows[i].ahead)
-    tokens = logits.argmax(-1)
+    tokens = logits.argmax(-1) if likeliest is None or edited else likeliest.long()
     drawn = [i for i, row in enumerate(rows) if row.state.generator is not None]
     if drawn:
         tokens[drawn] = draw(logits if len(drawn) == len(rows) else logits[drawn], [rows[i] for i in drawn])

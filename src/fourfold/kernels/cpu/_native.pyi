@@ -50,3 +50,73 @@ def packed_linear(
 
 def packed_unpack(data: Tensor, kind: str, n: int, rows: Tensor, out: Tensor) -> None:
     """out [r, k] float32 = the given rows [r, 1] (int64) of W."""
+
+class Program:
+    """See program.py, which says what the arguments are."""
+
+    def __init__(self, most_rows: int, most_chosen: int, vocabulary: int) -> None: ...
+    def __len__(self) -> int: ...
+    @staticmethod
+    def prepared_bytes(arithmetic: str, rows: int, k: int) -> int: ...
+    def embed(self, table: object, scale: float, out: Tensor) -> None: ...
+    def angles(self, speeds: list[float], scale: float, out: Tensor) -> None: ...
+    def rows(
+        self,
+        x: Tensor,
+        n: int,
+        norm: Tensor | None = None,
+        floor: float = 0.0,
+        gate: str = "",
+        alpha: float = 1.0,
+        limit: float = 0.0,
+        prepared: list[tuple[str, Tensor]] = ...,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        chosen: bool = False,
+    ) -> None:
+        """x [rows, n] (gated: [rows, 2 n]) is chosen, gated, normed; then prepared, stored or added."""
+
+    def linear(
+        self,
+        weight: object,
+        input: tuple[str, Tensor],
+        out: Tensor,
+        column: int = 0,
+        accumulate: bool = False,
+    ) -> None: ...
+    def logits(
+        self, weight: object, input: tuple[str, Tensor], out: Tensor, tokens: Tensor, cap: float
+    ) -> None: ...
+    def heads(
+        self,
+        qkv: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        angles: Tensor,
+        norm: Tensor | None,
+        floor: float,
+        layer: int,
+        kv_type: str,
+        kv_scales: Tensor | None,
+    ) -> None: ...
+    def attention(
+        self,
+        qkv: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        out: Tensor,
+        layer: int,
+        kv_type: str,
+        kv_scales: Tensor | None,
+        scale: float,
+        softcap: float,
+        window: int,
+        sinks: Tensor | None,
+        longest: int,
+    ) -> None: ...
+    def use_cache(self, cache: Tensor, blocks: int, block_size: int) -> None: ...
+    def run(
+        self, begin: int, end: int, tokens: object, spans: object, tables: object, chosen: object
+    ) -> None: ...

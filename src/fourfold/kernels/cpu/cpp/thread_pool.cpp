@@ -18,10 +18,14 @@
 namespace fourfold {
 namespace {
 
-// An idle worker spins, then offers its core to others between looks, then sleeps: long enough in all to bridge
-// the small operations between two linear layers, since waking a sleeper costs as much as a small layer.
-constexpr auto kSpin = std::chrono::microseconds(50);
-constexpr auto kYield = std::chrono::microseconds(250);
+using Clock = std::chrono::steady_clock;
+
+// Inside a walk the next chunks are microseconds away unless the system has put a thread aside; then a waiter
+// that sleeps is woken ahead of whoever took its core, where one that spins has used up its share of it.
+constexpr auto kSpinInside = std::chrono::microseconds(50);
+// Between walks a waiter spins, then offers its core between looks: waking a sleeper costs as much as a layer.
+constexpr auto kSpinBetween = std::chrono::microseconds(100);
+constexpr auto kYieldBetween = std::chrono::microseconds(500);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -39,136 +43,141 @@ int available_cores() {
     return std::max(1u, std::thread::hardware_concurrency());
 }
 
-struct Job {
-    Body body = nullptr;
-    const void* context = nullptr;
-    std::int64_t count = 0;
-    std::int64_t grain = 1;
+// What is open, in one word, so that a chunk is taken by one addition: operation, chunks, next chunk.
+struct Ticket {
+    static constexpr int kBits = 20;
+    static constexpr std::uint64_t kMask = (1u << kBits) - 1;
+    std::uint64_t word;
+    std::int64_t op() const { return static_cast<std::int64_t>(word >> (2 * kBits)); }
+    std::uint64_t chunks() const { return (word >> kBits) & kMask; }
+    std::uint64_t next() const { return word & kMask; }
+    bool valid() const { return next() < chunks(); }
+    static std::uint64_t opened(std::int64_t op, std::int64_t chunks) {
+        return static_cast<std::uint64_t>(op) << (2 * kBits) | static_cast<std::uint64_t>(chunks) << kBits;
+    }
 };
+// waiters look before they take, so the counter runs over by less than the number of threads
+constexpr std::int64_t kMostChunks = Ticket::kMask >> 1;
+
+void walk_alone(Walk& walk, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t op = begin; op < end; ++op) {
+        std::int64_t chunks = walk.open(op);
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) walk.run(op, chunk, 0);
+    }
+}
 
 class ThreadPool {
 public:
     explicit ThreadPool(int count) { start(count); }
 
-    int threads() const { return static_cast<int>(workers_.size()) + 1; }
-
     void resize(int count) {
-        std::lock_guard<std::mutex> loop(loop_);
+        std::lock_guard<std::mutex> walking(walking_);
         stop();
         start(count);
     }
 
-    void run(const Job& job) {
-        std::unique_lock<std::mutex> loop(loop_, std::try_to_lock);
-        if (!loop.owns_lock() || workers_.empty() || job.count <= job.grain) {
-            job.body(job.context, 0, job.count);
-            return;
+    void run(Walk& walk, std::int64_t begin, std::int64_t end) {
+        std::unique_lock<std::mutex> walking(walking_, std::try_to_lock);
+        if (!walking.owns_lock() || workers_.empty()) return walk_alone(walk, begin, end);
+        walk_ = &walk;
+        end_ = end;
+        open_next(begin, 0);
+        for (Ticket seen = look(); seen.chunks() != 0; seen = look()) {
+            if (seen.valid()) take(0);
+            else wait(seen);
         }
-        publish(job);
-        take_chunks(job);
-        close();
     }
 
 private:
     void start(int count) {
         stopping_ = false;
-        for (int i = 1; i < count; ++i) workers_.emplace_back([this] { work(); });
+        for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
     }
 
     void stop() {
         {
-            std::lock_guard<std::mutex> guard(state_);
+            std::lock_guard<std::mutex> guard(sleep_);
             stopping_ = true;
-            generation_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
         for (auto& worker : workers_) worker.join();
         workers_.clear();
     }
 
-    void publish(const Job& job) {
-        bool anyone_asleep;
-        {
-            std::lock_guard<std::mutex> guard(state_);
-            job_ = job;
-            next_.store(0, std::memory_order_relaxed);
-            open_ = true;
-            generation_.fetch_add(1, std::memory_order_release);
-            anyone_asleep = asleep_ > 0;
+    // Opens the first operation from `op` on that has chunks to share; 0 chunks in the cursor: the walk is over.
+    void open_next(std::int64_t op, int thread) {
+        for (; op < end_; ++op) {
+            std::int64_t chunks = walk_->open(op);
+            if (chunks > 1) {
+                publish(Ticket::opened(op, chunks));
+                return;
+            }
+            if (chunks == 1) walk_->run(op, 0, thread);
         }
-        if (anyone_asleep) wake_.notify_all();
+        publish(0);
     }
 
-    void take_chunks(const Job& job) {
-        for (;;) {
-            std::int64_t begin = next_.fetch_add(job.grain, std::memory_order_relaxed);
-            if (begin >= job.count) return;
-            job.body(job.context, begin, std::min(begin + job.grain, job.count));
-        }
+    void publish(std::uint64_t word) {
+        done_.store(0, std::memory_order_relaxed);
+        cursor_.store(word);
+        if (asleep_.load() == 0) return;
+        { std::lock_guard<std::mutex> guard(sleep_); }
+        wake_.notify_all();
     }
 
-    // After this no worker can enter the loop, and those inside have finished.
-    void close() {
-        {
-            std::lock_guard<std::mutex> guard(state_);
-            open_ = false;
-        }
-        for (int spins = 0; active_.load(std::memory_order_acquire) != 0; ++spins) {
-            if (spins < 4096) relax();
-            else std::this_thread::yield();
-        }
+    // Takes a chunk of what is open, unless another was faster, and does it.
+    void take(int thread) {
+        Ticket mine{cursor_.fetch_add(1, std::memory_order_acq_rel)};
+        if (!mine.valid()) return;
+        walk_->run(mine.op(), static_cast<std::int64_t>(mine.next()), thread);
+        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == mine.chunks()) open_next(mine.op() + 1, thread);
     }
 
-    bool enter(Job& job) {
-        std::lock_guard<std::mutex> guard(state_);
-        if (!open_) return false;
-        job = job_;
-        active_.fetch_add(1, std::memory_order_relaxed);
-        return true;
+    Ticket look() const { return Ticket{cursor_.load()}; }
+
+    // Whether there is a chunk to take, or another operation (or none) is open than in `seen`.
+    bool news(Ticket seen) const {
+        Ticket now = look();
+        return now.valid() || now.word >> Ticket::kBits != seen.word >> Ticket::kBits || stopping_.load();
     }
 
-    void wait_for_news(std::uint64_t seen) {
-        const auto start = std::chrono::steady_clock::now();
-        for (auto idle = start - start; idle < kSpin + kYield; idle = std::chrono::steady_clock::now() - start) {
-            if (idle > kSpin) std::this_thread::yield();
-            for (int i = 0; i < 16; ++i) {
-                if (generation_.load(std::memory_order_acquire) != seen) return;
+    // Spins, between walks also yields, then sleeps until there are news.
+    void wait(Ticket seen) {
+        const bool inside = seen.chunks() != 0;
+        const Clock::duration spin = inside ? kSpinInside : kSpinBetween;
+        const Clock::duration patience = inside ? kSpinInside : kYieldBetween;
+        const auto start = Clock::now();
+        for (auto waited = start - start; waited < patience; waited = Clock::now() - start) {
+            if (waited > spin) std::this_thread::yield();
+            for (int i = 0; i < 32; ++i) {
+                if (news(seen)) return;
                 relax();
             }
         }
-        std::unique_lock<std::mutex> guard(state_);
-        ++asleep_;
-        wake_.wait(guard, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-        --asleep_;
+        std::unique_lock<std::mutex> guard(sleep_);
+        asleep_.fetch_add(1);
+        wake_.wait(guard, [&] { return news(seen); });
+        asleep_.fetch_sub(1);
     }
 
-    void work() {
-        std::uint64_t seen = 0;
-        for (;;) {
-            wait_for_news(seen);
-            seen = generation_.load(std::memory_order_acquire);
-            {
-                std::lock_guard<std::mutex> guard(state_);
-                if (stopping_) return;
-            }
-            Job job;
-            if (!enter(job)) continue;
-            take_chunks(job);
-            active_.fetch_sub(1, std::memory_order_release);
+    void work(int thread) {
+        while (!stopping_.load()) {
+            Ticket seen = look();
+            if (seen.valid()) take(thread);
+            else wait(seen);
         }
     }
 
-    std::mutex loop_;   // held by the caller whose loop the workers help with
-    std::mutex state_;  // guards job_, open_, stopping_, asleep_
+    alignas(64) std::atomic<std::uint64_t> cursor_{0};
+    alignas(64) std::atomic<std::uint64_t> done_{0};
+    alignas(64) std::atomic<int> asleep_{0};
+    std::atomic<bool> stopping_{false};
+    Walk* walk_ = nullptr;  // this and end_ are read by who holds a valid ticket
+    std::int64_t end_ = 0;
+    std::mutex walking_;  // held by the caller whose walk the workers help with
+    std::mutex sleep_;
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
-    Job job_;
-    bool open_ = false;
-    bool stopping_ = false;
-    int asleep_ = 0;
-    std::atomic<std::uint64_t> generation_{0};
-    std::atomic<std::int64_t> next_{0};
-    std::atomic<int> active_{0};
 };
 
 // The pool is never destroyed: at exit the system ends its threads, which hold nothing that must be closed.
@@ -191,22 +200,37 @@ ThreadPool& pool() {
         static int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
         (void)registered;
 #endif
-        if (g_threads.load() == 0) g_threads.store(available_cores());
+        if (g_threads.load() == 0) g_threads.store(std::min(available_cores(), kMostThreads));
         g_pool.store(new ThreadPool(g_threads.load()), std::memory_order_release);
     }
     return *g_pool.load();
 }
 
+struct Loop final : Walk {
+    std::int64_t count, grain;
+    Body body;
+    const void* context;
+    Loop(std::int64_t n, std::int64_t least, Body b, const void* c)
+        : count(n), grain(std::max<std::int64_t>({1, least, n / kMostChunks + 1})), body(b), context(c) {}
+    std::int64_t open(std::int64_t) override { return (count + grain - 1) / grain; }
+    void run(std::int64_t, std::int64_t chunk, int) override {
+        body(context, chunk * grain, std::min(count, (chunk + 1) * grain));
+    }
+};
+
 }  // namespace
 
+void walk(Walk& walk, std::int64_t begin, std::int64_t end) { pool().run(walk, begin, end); }
+
 void parallel_for(std::int64_t count, std::int64_t grain, Body body, const void* context) {
-    if (count <= 0) return;
-    pool().run(Job{body, context, count, std::max<std::int64_t>(1, grain)});
+    Loop loop(count, grain, body, context);
+    pool().run(loop, 0, 1);
 }
 
 int threads() { return g_threads.load() ? g_threads.load() : available_cores(); }
 
 void set_threads(int count) {
+    count = std::min(count, kMostThreads);
     if (g_pool.load()) g_pool.load()->resize(count);
     g_threads.store(count);
 }

@@ -1,20 +1,36 @@
-// A few persistent threads for loops that last microseconds.
+// A few persistent threads that walk together over a list of short operations.
 //
-// Work is handed out in chunks from a counter, and the caller takes chunks too: a worker that wakes late costs
-// nothing but its help. Idle workers spin for a moment (the next layer follows at once), then sleep.
-// One loop runs at a time; a second caller, while the first is busy, does its own loop alone.
+// An operation is cut into chunks, handed out by one atomic counter; whoever finishes an operation's last chunk
+// opens the next one. Nobody waits for a thread, only for chunks: a thread that the system has put aside costs the
+// chunk it holds, or nothing when it holds none, and later goes on with whatever is open then. An operation of one
+// chunk is done by the thread that opens it, so it costs no meeting at all. The caller takes chunks too; idle
+// threads spin for a moment (the next step follows at once), offer their core, then sleep.
+// One walk runs at a time; a second caller, while the first is busy, walks alone.
 #pragma once
 
 #include <cstdint>
 
 namespace fourfold {
 
+class Walk {
+public:
+    virtual ~Walk() = default;
+    // How many chunks operation `op` has; 0 skips it. All operations before it are complete.
+    virtual std::int64_t open(std::int64_t op) = 0;
+    // Does one chunk. `thread` is 0 for the caller, 1 to threads() - 1 for the others.
+    virtual void run(std::int64_t op, std::int64_t chunk, int thread) = 0;
+};
+
+// Operations [begin, end) in order, each complete before the next is opened.
+void walk(Walk& walk, std::int64_t begin, std::int64_t end);
+
 using Body = void (*)(const void* context, std::int64_t begin, std::int64_t end);
 
-// Calls body(context, begin, end) over [0, count) in chunks of `grain`, on up to threads() threads.
+// Calls body(context, begin, end) over [0, count) in chunks of at least `grain`, on up to threads() threads.
 void parallel_for(std::int64_t count, std::int64_t grain, Body body, const void* context);
 
+constexpr int kMostThreads = 512;
 int threads();
-void set_threads(int count);  // count >= 1, the caller included; waits for a running loop
+void set_threads(int count);  // 1 to kMostThreads, the caller included; waits for a running walk
 
 }  // namespace fourfold

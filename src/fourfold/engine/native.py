@@ -1,0 +1,288 @@
+"""A decoder as one C++ program: a step is one call without the GIL, and Python only says what it is about.
+
+``compile`` looks first whether every piece of the model can be said in the program's operations. If so it
+packs the weights one by one, letting go of each tensor as it is packed, so that no more than one is ever
+held twice; else it says what stands in the way, and the model stays as it is, computed by torch. States are
+float32 between the linear layers, whose inputs are rounded to int8 in blocks of 32 (arithmetic ``int8``) or
+to bfloat16 (``exact``). A result depends neither on what is beside it in the batch nor on the threads.
+"""
+
+from array import array
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourfold.engine.decoder import Decoder, Layer
+from fourfold.engine.kv_cache import KVCache
+from fourfold.engine.kv_format import AsComputed, Fp8, KVFormat
+from fourfold.engine.layers import FusedLinear, GatedMLP, Linear, RMSNorm
+from fourfold.engine.requests import ArithmeticName, EngineConfig
+from fourfold.engine.scheduler import Chunk
+from fourfold.formats import BlockTensor
+from fourfold.kernels import native_available, native_problem
+from fourfold.kernels.cpu.packed import PackedWeight
+from fourfold.kernels.cpu.program import Program
+from fourfold.kernels.expanded import exact_in_bfloat16
+
+HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
+PACKED_FORMATS = ("mxfp4", "mxint8")
+NEAR_INT8 = (None, "mxint8", "mxfp8-e4m3", "mxfp8-e5m2")
+KV_TYPES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "fp8"}
+
+
+class NativeDecoder:
+    """A recorded model. Sequences' tokens go in, logits of the chosen rows or their largest come out."""
+
+    def __init__(self, model: Decoder, form: KVFormat, arithmetic: str, config: EngineConfig):
+        shape = model.shape
+        self.arithmetic, self.form, self.block_size = arithmetic, form, config.kv_block_size
+        self.layers, self.kv_heads = shape.layers, shape.kv_heads
+        self._cache: KVCache | None = None
+        widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+        self.program = Program(config.max_batch_tokens, shape.vocabulary, widest)
+        self.hidden = self.program.buffer(shape.hidden)
+        self.marks: list[int] = []  # where each layer begins, and the head
+        _Recording(self, model).record()
+
+    def use(self, cache: KVCache) -> None:
+        """Keys and values go to ``cache`` and come from there from now on."""
+        if cache is self._cache:
+            return
+        self._cache, data = cache, cache.data
+        self.program.native.use_cache(data.flatten(1), data.shape[1], data.shape[2])
+
+    def step(self, cache: KVCache, chunks: list[Chunk], chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Run a step over ``cache``: logits [n, V] of the ``chosen`` rows and their largest [n], until the
+        next step.
+        """
+        self.use(cache)
+        tokens, spans = array("i"), array("i")
+        for chunk in chunks:
+            tokens.fromlist(chunk.token_ids)
+            spans.extend((chunk.count, chunk.start, len(chunk.sequence.table.blocks)))
+        tables = b"".join([chunk.sequence.table.blocks for chunk in chunks])
+        self.program.run(tokens, spans, tables, array("i", chosen))
+        return self.program.logits[: len(chosen)], self.program.tokens[0, : len(chosen)]
+
+    def embedded(self, token_ids: list[int]) -> np.ndarray:
+        """States [T, H] before the first layer."""
+        return self._states(token_ids, None, 0, 1)
+
+    def through(self, hidden: np.ndarray, first: int, end: int) -> np.ndarray:
+        """States [T, H] of a whole sequence from before layer ``first`` to before layer ``end``."""
+        return self._states([0] * len(hidden), hidden, self.marks[first], self.marks[end])
+
+    def logits_of(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits [T, V] of states [T, H] that have passed every layer."""
+        result = np.empty((len(hidden), self.program.logits.shape[1]), dtype=np.float32)
+        for start in range(0, len(hidden), self.program.rows):
+            rows = slice(start, start + self.program.rows)
+            self._load(hidden[rows])
+            self._head(result[rows])
+        return result
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """Logits [T, V] of a whole sequence, beside the cache that is in use."""
+        result = np.empty((len(token_ids), self.program.logits.shape[1]), dtype=np.float32)
+        for rows in self._pass(token_ids, None, 0, self.marks[-1]):
+            self._head(result[rows])
+        return result
+
+    def _states(self, token_ids: list[int], hidden: np.ndarray | None, first: int, end: int) -> np.ndarray:
+        result = np.empty((len(token_ids), self.hidden.shape[1]), dtype=np.float32)
+        for rows in self._pass(token_ids, hidden, first, end):
+            result[rows] = self.hidden[: len(result[rows])].numpy()
+        return result
+
+    def _pass(self, token_ids: list[int], hidden: np.ndarray | None, first: int, end: int) -> Iterator[slice]:
+        """Operations ``first`` to ``end`` - 1 over a whole sequence, in as many steps as it takes.
+
+        After each step the rows are told whose states are there; ``hidden`` are states to begin with.
+        """
+        blocks = -(-len(token_ids) // self.block_size)
+        self.use(KVCache(self.layers, blocks, self.block_size, self.kv_heads, self.form))
+        tables = array("i", range(blocks))
+        for start in range(0, len(token_ids), self.program.rows):
+            rows = slice(start, start + self.program.rows)
+            tokens = array("i", token_ids[rows])
+            spans = array("i", (len(tokens), start, blocks))
+            if hidden is not None:
+                self._load(hidden[rows])
+                self.program.run(tokens, spans, tables, first=1, end=self.marks[0])
+            self.program.run(tokens, spans, tables, first=first, end=end)
+            yield rows
+
+    def _load(self, hidden: np.ndarray) -> None:
+        self.hidden[: len(hidden)] = torch.from_numpy(hidden)
+
+    def _head(self, out: np.ndarray) -> None:
+        """Logits ``out`` [n, V] of the first n states."""
+        tokens = array("i", bytes(4 * len(out)))
+        spans = array("i", (len(out), 0, -(-len(out) // self.block_size)))
+        for start in range(0, len(out), HEAD_ROWS):
+            rows = array("i", range(start, min(start + HEAD_ROWS, len(out))))
+            self.program.run(tokens, spans, array("i", bytes(4 * spans[2])), rows, first=self.marks[-1])
+            out[start : start + len(rows)] = self.program.logits[: len(rows)].numpy()
+
+
+class _Recording:
+    """Writes a decoder's operations down, packing its weights on the way."""
+
+    def __init__(self, target: NativeDecoder, model: Decoder):
+        self.target, self.model, self.program = target, model, target.program
+        self.shape, self.x, self.arithmetic = model.shape, target.hidden, target.arithmetic
+        shape = self.shape
+        self.qkv = self.program.buffer((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+        self.attended = self.program.buffer(shape.heads * shape.head_dim)
+        self.added: Tensor | None = None
+        self.gate_up = self.program.buffer(2 * shape.intermediate)
+        self.angles = [self.program.buffer(shape.head_dim) for _ in model.rotaries]
+
+    def record(self) -> None:
+        model, program = self.model, self.program
+        tied, inputs = model.head.weight is model.embedding, self.inputs(model.head)
+        head = self.pack(model.head)
+        program.embed(head if tied else model.embedding, model.embedding_scale, self.x)
+        for rotary, angles in zip(model.rotaries, self.angles, strict=True):
+            program.angles(rotary.speeds, rotary.length, angles)
+        for index, layer in enumerate(model.layers):
+            self.target.marks.append(len(program))
+            self.attention(layer, index)
+            self.mlp(layer)
+        self.target.marks.append(len(program))
+        self.norm(model.norm, inputs, chosen=True)
+        if tied:
+            model.embedding = torch.empty(0)
+        program.head(head, self.arithmetic_of(head), model.logit_softcap or 0.0)
+
+    def attention(self, layer: Layer, index: int) -> None:
+        shape, attention, program = self.shape, layer.attention, self.program
+        self.norm(layer.attention_norm, self.inputs(attention.qkv))
+        self.linear(attention.qkv, self.qkv)
+        form = self.target.form
+        kind, scales = KV_TYPES[form.stored_dtype], None
+        if isinstance(form, Fp8) and form.scales is not None:
+            scales = program.row(form.scales[index])
+        heads = (shape.heads, shape.kv_heads, shape.head_dim)
+        norm, floor = attention.qk_norm, shape.eps * shape.head_dim
+        if norm is not None:
+            norm = program.keep((norm.float() * shape.head_dim**0.5).contiguous())
+        native = program.native
+        scoring = attention.scoring
+        sinks = (
+            None if scoring.sinks is None else program.keep(scoring.sinks.float().contiguous()).view(1, -1)
+        )
+        native.heads(self.qkv, *heads, self.angles[attention.rotary], norm, floor, index, kind, scales)
+        native.attention(
+            self.qkv, *heads, self.attended, index, kind, scales,
+            scoring.scale, scoring.softcap or 0.0, scoring.window or 0, sinks, shape.max_positions,
+        )  # fmt: skip
+        program.prepared(self.attended, self.inputs(attention.output))
+        self.add(attention.output, layer.attention_post_norm)
+
+    def mlp(self, layer: Layer) -> None:
+        mlp = layer.mlp
+        assert isinstance(mlp, GatedMLP)
+        self.norm(layer.mlp_norm, self.inputs(mlp.gate_up))
+        self.linear(mlp.gate_up, self.gate_up)
+        gating = mlp.gating
+        self.program.gated(self.gate_up, gating.kind, gating.alpha, gating.limit, self.inputs(mlp.down))
+        self.add(mlp.down, layer.mlp_post_norm)
+
+    def norm(self, norm: RMSNorm, inputs: set[str], chosen: bool = False) -> None:
+        self.program.normed(self.x, norm.weight, float(norm.floor) ** 2, inputs, chosen)
+
+    def add(self, linear: Linear, norm: RMSNorm | None) -> None:
+        """What ``linear`` makes, perhaps normed, is added to the states."""
+        if norm is None:
+            return self.linear(linear, self.x, accumulate=True)
+        if self.added is None:
+            self.added = self.program.buffer(self.shape.hidden)
+        self.linear(linear, self.added)
+        self.program.add_normed(self.added, norm.weight, float(norm.floor) ** 2, self.x)
+
+    def linear(self, linear: Linear | FusedLinear, out: Tensor, accumulate: bool = False) -> None:
+        column = 0
+        for part in parts_of(linear):
+            packed = self.pack(part)
+            self.program.linear(packed, self.arithmetic_of(packed), out, column, accumulate)
+            column += packed.n
+
+    def pack(self, linear: Linear) -> PackedWeight:
+        """The packed weight of ``linear``, whose own is let go."""
+        weight = linear.weight
+        if isinstance(weight, BlockTensor) and not in_blocks(linear):
+            weight = weight.dequantize(torch.bfloat16)
+        packed = PackedWeight.pack(weight, linear.bias)
+        linear.weight = torch.empty(0)
+        return packed
+
+    def inputs(self, linear: Linear | FusedLinear) -> set[str]:
+        return {self.arithmetic if in_blocks(part) else "exact" for part in parts_of(linear)}
+
+    def arithmetic_of(self, packed: PackedWeight) -> str:
+        return "exact" if packed.kind == "bf16" else self.arithmetic
+
+
+def compile(model: Decoder, form: KVFormat, config: EngineConfig) -> NativeDecoder | str:
+    """``model`` as a program, its weights packed and its tensors gone; or why that cannot be.
+
+    ``form`` is how the caches that it will use are held.
+    """
+    problem = obstacle(model, form, config)
+    if problem is not None:
+        return problem
+    arithmetic = "exact" if config.arithmetic == "exact" else "int8"
+    return NativeDecoder(model, form, arithmetic, config)
+
+
+def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None:
+    """What of ``model`` the program has no words for, or None."""
+    if not native_available():
+        return f"the C++ extension cannot be used ({native_problem()})"
+    if model.dtype != torch.bfloat16:
+        return f"the model is to be computed in {str(model.dtype).removeprefix('torch.')}"
+    if not isinstance(form, AsComputed | Fp8):
+        return f"the KV cache is held in {form.name}"
+    if model.shape.head_dim % 16:
+        return f"heads of {model.shape.head_dim} features are no multiple of 16"
+    for layer in model.layers:
+        if type(layer.mlp) is not GatedMLP:
+            return "the model has experts"
+        for linear in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
+            for part in parts_of(linear):
+                if problem := linear_obstacle(part, config.arithmetic):
+                    return problem
+    head = model.head.weight
+    if isinstance(head, BlockTensor) and not exact_in_bfloat16(head.format):
+        return f"the head is in {head.format}"
+    return inputs_obstacle(model.head, config.arithmetic)
+
+
+def linear_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
+    """Why ``linear`` cannot be computed in ``arithmetic``, or None."""
+    if isinstance(linear.weight, BlockTensor) and not in_blocks(linear):
+        return f"weights are in {linear.weight.format}"
+    return inputs_obstacle(linear, arithmetic)
+
+
+def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
+    """Why the inputs of ``linear`` cannot be what they must, or None."""
+    if linear.rotation is not None:
+        return "inputs are rotated"
+    if linear.activation not in ((None,) if arithmetic == "exact" else NEAR_INT8):
+        return f"inputs are rounded to {linear.activation}"
+    return None
+
+
+def in_blocks(linear: Linear) -> bool:
+    """Whether the program holds the weight in blocks too; others become bfloat16."""
+    return isinstance(linear.weight, BlockTensor) and linear.weight.format in PACKED_FORMATS
+
+
+def parts_of(linear: Linear | FusedLinear) -> Seq[Linear]:
+    """The layers that ``linear`` is made of."""
+    return linear.parts if isinstance(linear, FusedLinear) else (linear,)

@@ -1,0 +1,88 @@
+#include "ops_linear.h"
+
+#include <algorithm>
+
+#include "thread_pool.h"
+
+namespace fourfold {
+namespace {
+
+constexpr std::int64_t kRowsTogether = 128;      // their prepared input stays in the second-level cache
+constexpr std::int64_t kScratchValues = 1 << 15; // sums of a chunk that are added to what is there
+constexpr std::int64_t kChunkNs = 2000;
+constexpr std::int64_t kChunksPerThread = 8;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// One core's time for a tile, roughly: it reads 12 bytes a nanosecond and multiplies 100 bf16 or 200 int8 pairs.
+std::int64_t tile_ns(const PackedWeight& w, Arithmetic arithmetic, std::int64_t m) {
+    const std::int64_t multiplied = m * kTileRows * w.k / (arithmetic == Arithmetic::int8 ? 200 : 100);
+    return std::max<std::int64_t>({1, packed_tile_bytes(w.kind, w.k) / 12, multiplied});
+}
+
+}  // namespace
+
+std::int64_t Linear::chunks(const Step& step) {
+    rows_ = path_.head ? step.chosen_rows : step.rows;
+    const std::int64_t tiles = packed_tiles(path_.weight.n);
+    const std::int64_t together = std::min(rows_, kRowsTogether);
+    const std::int64_t fair = divide_up(tiles, kChunksPerThread * threads());
+    const std::int64_t worth = kChunkNs / tile_ns(path_.weight, path_.input.arithmetic, together);
+    const std::int64_t most = kScratchValues / kTileRows / std::max<std::int64_t>(1, together);
+    grain_ = std::max<std::int64_t>(1, std::min({std::max(fair, worth), divide_up(tiles, threads()), most}));
+    ranges_ = divide_up(tiles, grain_);
+    return divide_up(rows_, kRowsTogether) * ranges_;
+}
+
+void Linear::run(const Step&, std::int64_t chunk, void* scratch) {
+    const std::int64_t row = chunk / ranges_ * kRowsTogether, begin = chunk % ranges_ * grain_;
+    const std::int64_t end = std::min(begin + grain_, packed_tiles(path_.weight.n));
+    const std::int64_t rows = std::min(kRowsTogether, rows_ - row);
+    compute(row, rows, begin, end, static_cast<float*>(scratch));
+    computed(row, rows, begin, end);
+}
+
+void Linear::compute(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end, float* scratch) {
+    const Prepared& input = path_.input;
+    const char* x = input.memory + prepared_bytes(input.arithmetic, row, input.k);
+    if (!path_.add) {
+        linear(path_.weight, input.arithmetic, x, rows, path_.out.row(row), path_.out.stride, begin, end);
+        return;
+    }
+    // `linear` counts columns from the weight's first
+    const std::int64_t first = begin * kTileRows, stride = (end - begin) * kTileRows;
+    const std::int64_t columns = std::min(stride, path_.weight.n - first);
+    linear(path_.weight, input.arithmetic, x, rows, scratch - first, stride, begin, end);
+    for (std::int64_t i = 0; i < rows; ++i) add_row(scratch + i * stride, columns, path_.out.row(row + i) + first);
+}
+
+void Linear::computed(std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
+
+std::int64_t Linear::scratch_bytes() const { return path_.add ? kScratchValues * 4 : 0; }
+
+Logits::Logits(LinearPath path, std::int64_t most_rows, float cap)
+    : Linear(path), cap_(cap), best_(new std::int32_t[static_cast<std::size_t>(most_rows * packed_tiles(path.weight.n))]) {}
+
+void Logits::computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end) {
+    const std::int64_t first = begin * kTileRows, last = std::min(end * kTileRows, path_.weight.n);
+    for (std::int64_t i = row; i < row + rows; ++i) {
+        if (cap_ > 0.0f) cap_row(cap_, last - first, path_.out.row(i) + first);
+        const std::int64_t at = first + argmax_row(path_.out.row(i) + first, last - first);
+        best_[i * ranges_ + begin / grain_] = static_cast<std::int32_t>(at);
+    }
+}
+
+void Argmax::rows(const Step&, std::int64_t begin, std::int64_t end, void*) {
+    for (std::int64_t i = begin; i < end; ++i) {
+        const float* logits = logits_.path_.out.row(i);
+        const std::int32_t* ranges = logits_.best_.get() + i * logits_.ranges_;
+        std::int32_t best = ranges[0];
+        for (std::int64_t r = 1; r < logits_.ranges_; ++r) {
+            const float now = logits[best], next = logits[ranges[r]];
+            if (next > now || (next != next && now == now)) best = ranges[r];
+        }
+        tokens_[i] = best;
+    }
+}
+
+}  // namespace fourfold

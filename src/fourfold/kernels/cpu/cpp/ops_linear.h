@@ -1,0 +1,60 @@
+// Linear layers over packed weights, and the choice of the largest logit.
+#pragma once
+
+#include <memory>
+
+#include "op.h"
+#include "ops_rows.h"
+#include "packed.h"
+
+namespace fourfold {
+
+struct LinearPath {
+    PackedWeight weight;
+    Prepared input;
+    Rows out;          // from the first of the weight's columns on
+    bool add = false;  // to what stands in `out`
+    bool head = false; // over as many rows as are chosen
+};
+
+class Linear : public Op {
+public:
+    explicit Linear(LinearPath path) : path_(path) {}
+    std::int64_t chunks(const Step& step) override;
+    void run(const Step& step, std::int64_t chunk, void* scratch) override;
+    std::int64_t scratch_bytes() const override;
+
+protected:
+    // Rows [row, row + rows) times tiles [begin, end) are in `out`.
+    virtual void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end);
+    const LinearPath path_;
+    std::int64_t rows_ = 0, grain_ = 1, ranges_ = 1;  // of the step: rows; tiles of a chunk; ranges of tiles
+
+private:
+    void compute(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end, float* scratch);
+};
+
+// A head that remembers each range's largest logit, and the operation that takes the largest of those.
+class Logits final : public Linear {
+public:
+    // `cap`: logits become cap tanh(logits / cap); 0: they stay
+    Logits(LinearPath path, std::int64_t most_rows, float cap);
+
+private:
+    friend class Argmax;
+    const float cap_;
+    void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end) override;
+    const std::unique_ptr<std::int32_t[]> best_;  // [rows, ranges]; not touched before it is used
+};
+
+class Argmax final : public RowOp {
+public:
+    Argmax(const Logits& logits, std::int32_t* tokens) : RowOp(1000, true), logits_(logits), tokens_(tokens) {}
+
+private:
+    void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;
+    const Logits& logits_;
+    std::int32_t* tokens_;
+};
+
+}  // namespace fourfold

@@ -1,0 +1,97 @@
+// Operations that take each row for itself: what a decoder does between its linear layers.
+#pragma once
+
+#include <vector>
+
+#include "op.h"
+#include "packed.h"
+#include "row_math.h"
+
+namespace fourfold {
+
+// Where a linear layer's input is laid out for it; `memory` is shared by all that are never alive together.
+struct Prepared {
+    Arithmetic arithmetic;
+    std::int64_t k;
+    char* memory;
+    void fill(const float* x, std::int64_t row) const {
+        prepare(arithmetic, x, k, 1, k, 0, 1, memory + prepared_bytes(arithmetic, row, k));
+    }
+};
+
+// x = table[token] * scale; the table is bf16, float32, or the head's packed weight.
+class Embed final : public RowOp {
+public:
+    struct Table {
+        const float* wide = nullptr;
+        const std::uint16_t* narrow = nullptr;
+        PackedWeight packed{};
+    };
+    Embed(Table table, float scale, Rows out, std::int64_t n);
+
+private:
+    void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;
+    Table table_;
+    float scale_;
+    Rows out_;
+    std::int64_t n_;
+};
+
+// Cosines and sines of position * speed, times `scale`: [2 * speeds] a row.
+class Angles final : public RowOp {
+public:
+    Angles(std::vector<float> speeds, float scale, Rows out);
+
+private:
+    void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;
+    std::vector<float> speeds_;
+    float scale_;
+    Rows out_;
+};
+
+// A row goes through what is given of: choice of rows, norm, gate; and ends in `prepared`, in `out`, or is added there.
+struct RowPath {
+    Rows x;
+    std::int64_t n;
+    bool head = false;             // rows of x are the chosen ones
+    const float* norm = nullptr;   // weights as norm_row wants them
+    float floor = 0.0f;
+    bool gated = false;            // x is [2 n]: gate and up
+    Gate gate{};
+    std::vector<Prepared> prepared;
+    Rows out{nullptr, 0};
+    bool add = false;
+};
+
+class RowPathOp final : public RowOp {
+public:
+    explicit RowPathOp(RowPath path);
+    std::int64_t scratch_bytes() const override { return path_.n * 4; }
+
+private:
+    void rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) override;
+    RowPath path_;
+};
+
+// Heads of queries and keys: normed, if they are, and turned; then keys and values go into the cache.
+struct HeadPath {
+    Rows qkv;  // [heads + 2 * kv_heads, d]
+    std::int64_t heads, kv_heads, d;
+    Rows angles;
+    const float* norm;  // [heads + kv_heads, d], or null
+    float floor;
+    std::int64_t layer;
+    KVType type;
+    const float* kv_scales;
+};
+
+class Heads final : public RowOp {
+public:
+    explicit Heads(HeadPath path);
+
+private:
+    void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;
+    HeadPath path_;
+};
+
+}  // namespace fourfold

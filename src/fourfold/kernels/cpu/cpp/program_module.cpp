@@ -1,0 +1,245 @@
+// Programs for Python: every operation's tensors are checked when it is recorded, and only the step's own numbers when
+// it runs. The recorder (program.py) keeps the tensors alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "array.h"
+#include "module.h"
+#include "ops_attention.h"
+#include "ops_linear.h"
+#include "ops_rows.h"
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace fourfold {
+namespace {
+
+// What Python has as an array of 32-bit integers, for the duration of a call.
+class Integers {
+public:
+    explicit Integers(nb::handle array) {
+        if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+        if (view_.len % 4) throw nb::value_error("tokens, spans, tables and chosen must be 32-bit integers");
+    }
+    ~Integers() { PyBuffer_Release(&view_); }
+    Integers(const Integers&) = delete;
+    Integers& operator=(const Integers&) = delete;
+    const std::int32_t* data() const { return static_cast<const std::int32_t*>(view_.buf); }
+    std::int64_t size() const { return view_.len / 4; }
+
+private:
+    Py_buffer view_;
+};
+
+Rows rows_of(nb::handle tensor, const char* name, std::int64_t rows, std::int64_t columns) {
+    Matrix matrix(tensor, name, true);
+    if (matrix.dtype() != nb::dtype<float>()) matrix.fail("must be float32");
+    if (matrix.rows() < rows || matrix.columns() < columns) matrix.fail("is too small");
+    return {matrix.data<float>(), matrix.columns()};
+}
+
+const float* floats_of(nb::handle tensor, const char* name, std::int64_t rows, std::int64_t columns) {
+    if (tensor.is_none()) return nullptr;
+    Matrix matrix(tensor, name);
+    if (matrix.dtype() != nb::dtype<float>()) matrix.fail("must be float32");
+    if (matrix.rows() != rows || matrix.columns() != columns) matrix.fail("has the wrong shape");
+    return matrix.data<const float>();
+}
+
+KVType kv_type_of(const std::string& name) {
+    if (name == "bf16") return KVType::bf16;
+    if (name == "f32") return KVType::f32;
+    if (name == "fp8") return KVType::fp8;
+    throw nb::value_error("a cache is bf16, f32 or fp8");
+}
+
+Activation activation_of(const std::string& name) {
+    if (name == "gelu-tanh") return Activation::gelu_tanh;
+    return name == "clamped-swish" ? Activation::clamped_swish : Activation::silu;
+}
+
+// `weight` is a packed.PackedWeight.
+PackedWeight weight_of(nb::handle weight) {
+    const auto kind_name = nb::cast<std::string>(weight.attr("kind"));
+    const auto kind = kind_name == "mxfp4" ? WeightKind::mxfp4 : kind_name == "int8" ? WeightKind::int8 : WeightKind::bf16;
+    const auto n = nb::cast<std::int64_t>(weight.attr("n")), k = nb::cast<std::int64_t>(weight.attr("k"));
+    Matrix data(weight.attr("data"), "data");
+    if (data.rows() * data.columns() != packed_bytes(kind, n, k)) data.fail("is not as long as the weight");
+    nb::object bias = weight.attr("bias");
+    const float* values = bias.is_none() ? nullptr : floats_of(bias.attr("view")(1, -1), "bias", 1, n);
+    return {kind, n, k, data.data<const std::uint8_t>(), values};
+}
+
+using Memory = std::pair<std::string, nb::object>;  // arithmetic and uint8 [1, bytes]
+
+Prepared prepared_of(const Memory& memory, std::int64_t rows, std::int64_t k) {
+    Matrix bytes(memory.second, "prepared", true);
+    const Arithmetic arithmetic = memory.first == "int8" ? Arithmetic::int8 : Arithmetic::exact;
+    if (bytes.rows() * bytes.columns() < prepared_bytes(arithmetic, rows, k)) bytes.fail("is too small");
+    return {arithmetic, k, bytes.data<char>()};
+}
+
+class Recorder {
+public:
+    Recorder(std::int64_t most_rows, std::int64_t most_chosen, std::int64_t vocabulary)
+        : program_(most_rows, most_chosen, vocabulary), rows_(most_rows), chosen_(most_chosen), vocabulary_(vocabulary) {}
+
+    std::int64_t size() const { return program_.size(); }
+
+    static std::int64_t prepared_size(const std::string& arithmetic, std::int64_t rows, std::int64_t k) {
+        return prepared_bytes(arithmetic == "int8" ? Arithmetic::int8 : Arithmetic::exact, rows, k);
+    }
+
+    void embed(nb::handle table, float scale, nb::handle out) {
+        Embed::Table from;
+        std::int64_t n;
+        if (nb::hasattr(table, "kind")) {
+            from.packed = weight_of(table);
+            n = from.packed.k;
+        } else {
+            Matrix matrix(table, "table");
+            n = matrix.columns();
+            if (matrix.rows() < vocabulary_) matrix.fail("is too small");
+            if (matrix.dtype() == nb::dtype<float>()) from.wide = matrix.data<const float>();
+            else from.narrow = matrix.data<const std::uint16_t>();
+        }
+        add<Embed>(from, scale, rows_of(out, "out", rows_, n), n);
+    }
+
+    void angles(std::vector<float> speeds, float scale, nb::handle out) {
+        Rows to = rows_of(out, "out", rows_, static_cast<std::int64_t>(2 * speeds.size()));
+        add<Angles>(std::move(speeds), scale, to);
+    }
+
+    void rows(nb::handle x, std::int64_t n, nb::handle norm, float floor, const std::string& gate, float alpha, float limit,
+              const std::vector<Memory>& prepared, nb::handle out, bool accumulate, bool chosen) {
+        const std::int64_t rows = chosen ? chosen_ : rows_;
+        RowPath path;
+        path.n = n;
+        path.head = chosen;
+        path.gated = !gate.empty();
+        path.gate = {activation_of(gate), alpha, limit};
+        path.x = rows_of(x, "x", rows_, path.gated ? 2 * n : n);
+        path.norm = floats_of(norm, "norm", 1, n);
+        path.floor = floor;
+        for (const Memory& memory : prepared) path.prepared.push_back(prepared_of(memory, rows, n));
+        if (!out.is_none()) path.out = rows_of(out, "out", rows, n);
+        path.add = accumulate;
+        add<RowPathOp>(std::move(path));
+    }
+
+    void linear(nb::handle weight, const Memory& input, nb::handle out, std::int64_t column, bool accumulate) {
+        add<Linear>(linear_path(weight, input, out, column, accumulate, rows_));
+    }
+
+    void logits(nb::handle weight, const Memory& input, nb::handle out, nb::handle tokens, float cap) {
+        LinearPath path = linear_path(weight, input, out, 0, false, chosen_);
+        path.head = true;
+        Matrix chosen(tokens, "tokens", true);
+        if (chosen.dtype() != nb::dtype<std::int32_t>() || chosen.columns() < chosen_) chosen.fail("is no room for tokens");
+        const Logits& logits = add<Logits>(path, chosen_, cap);
+        add<Argmax>(logits, chosen.data<std::int32_t>());
+    }
+
+    void heads(nb::handle qkv, std::int64_t heads, std::int64_t kv_heads, std::int64_t d, nb::handle angles, nb::handle norm,
+               float floor, std::int64_t layer, const std::string& type, nb::handle kv_scales) {
+        HeadPath path{rows_of(qkv, "qkv", rows_, (heads + 2 * kv_heads) * d), heads, kv_heads, d,
+                      rows_of(angles, "angles", rows_, d), floats_of(norm, "norm", heads + kv_heads, d), floor, layer,
+                      kv_type_of(type), floats_of(kv_scales, "kv_scales", 1, 2 * kv_heads)};
+        add<Heads>(path);
+    }
+
+    void attention(nb::handle qkv, std::int64_t heads, std::int64_t kv_heads, std::int64_t d, nb::handle out, std::int64_t layer,
+                   const std::string& type, nb::handle kv_scales, float scale, float softcap, std::int64_t window,
+                   nb::handle sinks, std::int64_t longest) {
+        Rows q = rows_of(qkv, "qkv", rows_, heads * d);
+        Rows to = rows_of(out, "out", rows_, heads * d);
+        if (to.stride != heads * d || d % 16) throw nb::value_error("out must be [T, heads * d], d a multiple of 16");
+        AttentionProblem problem{q.data, heads, kv_heads, d, nullptr, kv_type_of(type),
+                                 floats_of(kv_scales, "kv_scales", 1, 2 * kv_heads), 0, nullptr, 0, scale, softcap, window,
+                                 floats_of(sinks, "sinks", 1, heads), to.data, nullptr, q.stride};
+        const std::int64_t bytes = attention_scratch_bytes(heads, kv_heads, d, longest);
+        problem.scratch = attention_scratch(bytes);
+        add<AttentionOp>(AttentionPath{problem, layer});
+    }
+
+    void use_cache(nb::handle cache, std::int64_t blocks, std::int64_t block_size) {
+        Matrix layers(cache, "cache", true);
+        program_.use_cache(layers.data<char>(), layers.columns() * layers.dtype().bits / 8, blocks, block_size);
+    }
+
+    void run(std::int64_t begin, std::int64_t end, nb::handle tokens, nb::handle spans, nb::handle tables, nb::handle chosen) {
+        Integers ids(tokens), parts(spans), blocks(tables), rows(chosen);
+        if (parts.size() % 3) throw nb::value_error("a span is three integers");
+        StepInput input{ids.data(), ids.size(), reinterpret_cast<const SpanInput*>(parts.data()), parts.size() / 3,
+                        blocks.data(), blocks.size(), rows.data(), rows.size()};
+        nb::gil_scoped_release unlocked;
+        program_.run(begin, end, input);
+    }
+
+private:
+    struct Free {
+        void operator()(void* memory) const { std::free(memory); }
+    };
+
+    template <typename T, typename... Args>
+    T& add(Args&&... args) {
+        return static_cast<T&>(program_.add(std::make_unique<T>(std::forward<Args>(args)...)));
+    }
+
+    LinearPath linear_path(nb::handle weight, const Memory& input, nb::handle out, std::int64_t column, bool accumulate,
+                           std::int64_t rows) {
+        LinearPath path;
+        path.weight = weight_of(weight);
+        path.input = prepared_of(input, rows, path.weight.k);
+        path.out = rows_of(out, "out", rows, column + path.weight.n);
+        path.out.data += column;
+        path.add = accumulate;
+        return path;
+    }
+
+    // One for all layers of equal heads: layers come one after the other.
+    void* attention_scratch(std::int64_t bytes) {
+        if (scratches_.empty() || scratches_.back().first != bytes) {
+            scratches_.emplace_back(bytes, std::unique_ptr<void, Free>(std::calloc(static_cast<std::size_t>(bytes), 1)));
+            if (!scratches_.back().second) throw std::bad_alloc();
+        }
+        return scratches_.back().second.get();
+    }
+
+    Program program_;
+    const std::int64_t rows_, chosen_, vocabulary_;
+    std::vector<std::pair<std::int64_t, std::unique_ptr<void, Free>>> scratches_;
+};
+
+}  // namespace
+
+void bind_program(nb::module_& module) {
+    nb::class_<Recorder>(module, "Program")
+        .def(nb::init<std::int64_t, std::int64_t, std::int64_t>(), "most_rows"_a, "most_chosen"_a, "vocabulary"_a)
+        .def("__len__", &Recorder::size)
+        .def_static("prepared_bytes", &Recorder::prepared_size, "arithmetic"_a, "rows"_a, "k"_a)
+        .def("embed", &Recorder::embed, "table"_a, "scale"_a, "out"_a)
+        .def("angles", &Recorder::angles, "speeds"_a, "scale"_a, "out"_a)
+        .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "gate"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
+             "prepared"_a = std::vector<Memory>(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false)
+        .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
+        .def("logits", &Recorder::logits, "weight"_a, "input"_a, "out"_a, "tokens"_a, "cap"_a)
+        .def("heads", &Recorder::heads, "qkv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "angles"_a, "norm"_a.none(), "floor"_a,
+             "layer"_a, "kv_type"_a, "kv_scales"_a.none())
+        .def("attention", &Recorder::attention, "qkv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "out"_a, "layer"_a, "kv_type"_a,
+             "kv_scales"_a.none(), "scale"_a, "softcap"_a, "window"_a, "sinks"_a.none(), "longest"_a)
+        .def("use_cache", &Recorder::use_cache, "cache"_a, "blocks"_a, "block_size"_a)
+        .def("run", &Recorder::run, "begin"_a, "end"_a, "tokens"_a, "spans"_a, "tables"_a, "chosen"_a);
+}
+
+}  // namespace fourfold
