@@ -2,22 +2,14 @@
 //
 // vpdpbusd multiplies unsigned by signed bytes, so weights carry 128 more than they are worth and each sum starts at
 // -128 times the sum of x. E2M1 is doubled to be an integer; one byte shuffle turns 64 nibbles into 64 such bytes.
-// A block of a tile is decoded to registers once for up to kMostRows rows of x, and for many rows a group of tiles
-// that stays in the second-level cache is gone through for each set of rows. Each sum is formed block after block, in
-// the same order however many rows there are.
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cstring>
 
-#include "packed_layout.h"
+#include "packed_avx512.h"
 
 namespace fourfold {
 namespace {
-
-constexpr int kMostRows = 16;
-constexpr std::int64_t kGroupBytes = 256 << 10;
-constexpr std::int64_t kAhead = 4096;  // bytes between what is computed and what is fetched
 
 inline __m512i broadcast4(const std::int8_t* bytes) {
     std::int32_t four;
@@ -58,8 +50,25 @@ struct Scales {
     }
 };
 
+inline __m512i dot_block(const __m512i (&codes)[8], const Int8Block& x) {
+    __m512i first = _mm512_set1_epi32(x.start), second = _mm512_setzero_si512();  // two chains, for their latency
+    for (int g = 0; g < 4; ++g) {
+        first = _mm512_dpbusd_epi32(first, codes[g], broadcast4(x.codes + 4 * g));
+        second = _mm512_dpbusd_epi32(second, codes[g + 4], broadcast4(x.codes + 4 * g + 16));
+    }
+    return _mm512_add_epi32(first, second);
+}
+
+template <int MR, typename Add>
+inline void each_row(const __m512i (&codes)[8], const char* x, std::int64_t stride, __m512 (&sums)[MR], Add add) {
+    for (int i = 0; i < MR; ++i) {
+        const auto& block = *reinterpret_cast<const Int8Block*>(x + i * stride);
+        sums[i] = add(dot_block(codes, block), block.half_scale, sums[i]);
+    }
+}
+
 struct Mxfp4 {
-    static constexpr std::int64_t kBytes = 256;
+    static constexpr WeightKind kKind = WeightKind::mxfp4;
     static constexpr int kUnit = 0;
     __m512i table = _mm512_broadcast_i32x4(
         _mm_setr_epi8(-128, -127, -126, -125, -124, -122, -120, -116, -128, 127, 126, 125, 124, 122, 120, 116));
@@ -75,7 +84,7 @@ struct Mxfp4 {
 };
 
 struct Int8 {
-    static constexpr std::int64_t kBytes = 512;
+    static constexpr WeightKind kKind = WeightKind::int8;
     static constexpr int kUnit = -5;  // codes are worth 1/64; the others half of what they are held as
 
     void decode(const std::uint8_t* block, __m512i (&codes)[8]) const {
@@ -83,70 +92,24 @@ struct Int8 {
     }
 };
 
-inline __m512i dot_block(const __m512i (&codes)[8], const Int8Block& x) {
-    __m512i dot = _mm512_set1_epi32(x.start);
-    for (int g = 0; g < 8; ++g) dot = _mm512_dpbusd_epi32(dot, codes[g], broadcast4(x.codes + 4 * g));
-    return dot;
-}
+template <typename Weight>
+struct Dot : Weight {
+    static constexpr Arithmetic kArithmetic = Arithmetic::int8;
+    static constexpr std::int64_t kStep = sizeof(Int8Block);
+    static constexpr int kMostRows = 16;
 
-template <int MR, typename Add>
-inline void each_row(const __m512i (&codes)[8], const char* x, std::int64_t stride, __m512 (&sums)[MR], Add add) {
-    for (int i = 0; i < MR; ++i) {
-        const auto& block = *reinterpret_cast<const Int8Block*>(x + i * stride);
-        sums[i] = add(dot_block(codes, block), block.half_scale, sums[i]);
-    }
-}
-
-template <int MR>
-inline void store(const PackedLinear& p, std::int64_t t, std::int64_t first, const __m512 (&sums)[MR]) {
-    const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
-    const __mmask16 mask = static_cast<__mmask16>((1u << width) - 1);
-    const __m512 bias = p.weight.bias ? _mm512_maskz_loadu_ps(mask, p.weight.bias + n) : _mm512_setzero_ps();
-    for (int i = 0; i < MR; ++i)
-        _mm512_mask_storeu_ps(p.out + (first + i) * p.out_stride + n, mask, _mm512_add_ps(sums[i], bias));
-}
-
-template <typename Kind, int MR>
-void tile(const PackedLinear& p, std::int64_t t, std::int64_t first) {
-    const std::int64_t blocks = blocks_of(p.weight.k), stride = prepared_row_bytes(Arithmetic::int8, p.weight.k);
-    const std::uint8_t* codes_at = p.weight.data + t * ((blocks * (Kind::kBytes + kTileRows) + 63) / 64 * 64);
-    const std::uint8_t* scales_at = codes_at + blocks * Kind::kBytes;
-    const char* x = static_cast<const char*>(p.prepared) + first * stride;
-    const Kind kind;
-    __m512 sums[MR];
-    for (int i = 0; i < MR; ++i) sums[i] = _mm512_setzero_ps();
-    for (std::int64_t b = 0; b < blocks; ++b, codes_at += Kind::kBytes, scales_at += kTileRows, x += sizeof(Int8Block)) {
-        for (int j = 0; j < Kind::kBytes; j += 64) _mm_prefetch(codes_at + kAhead + j, _MM_HINT_T0);
+    template <int MR>
+    void add_block(const std::uint8_t* block, const std::uint8_t* scale_bytes, const char* x, std::int64_t stride,
+                   __m512 (&sums)[MR]) const {
         __m512i codes[8];
-        kind.decode(codes_at, codes);
-        const Scales scale(scales_at, Kind::kUnit);
+        this->decode(block, codes);
+        const Scales scale(scale_bytes, Weight::kUnit);
         if (__builtin_expect(scale.large, 0))
             each_row(codes, x, stride, sums, [&](auto... operands) { return scale.add_plain(operands...); });
         else
             each_row(codes, x, stride, sums, [&](auto... operands) { return scale.add(operands...); });
     }
-    store(p, t, first, sums);
-}
-
-template <typename Kind, int MR = kMostRows>
-void tiles(const PackedLinear& p, std::int64_t begin, std::int64_t end, std::int64_t first, std::int64_t rows) {
-    if constexpr (MR > 1) {
-        if (rows < MR) return tiles<Kind, MR - 1>(p, begin, end, first, rows);
-    }
-    for (std::int64_t t = begin; t < end; ++t) tile<Kind, MR>(p, t, first);
-}
-
-template <typename Kind>
-void all_rows(const PackedLinear& p, std::int64_t tile_begin, std::int64_t tile_end) {
-    const std::int64_t tile_bytes = blocks_of(p.weight.k) * (Kind::kBytes + kTileRows);
-    const std::int64_t group = std::max<std::int64_t>(1, kGroupBytes / tile_bytes);
-    const std::int64_t sets = (p.m + kMostRows - 1) / kMostRows;
-    for (std::int64_t t = tile_begin; t < tile_end; t += group)
-        for (std::int64_t s = 0; s < sets; ++s) {
-            const std::int64_t first = p.m * s / sets, rows = p.m * (s + 1) / sets - first;
-            tiles<Kind>(p, t, std::min(t + group, tile_end), first, rows);
-        }
-}
+};
 
 inline void prepare_block(const float* x, Int8Block& to) {
     const __m512 low = _mm512_loadu_ps(x), high = _mm512_loadu_ps(x + 16);
@@ -170,8 +133,8 @@ inline void prepare_block(const float* x, Int8Block& to) {
 }  // namespace
 
 void packed_int8_avx512(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end) {
-    if (call.weight.kind == WeightKind::int8) all_rows<Int8>(call, tile_begin, tile_end);
-    else all_rows<Mxfp4>(call, tile_begin, tile_end);
+    if (call.weight.kind == WeightKind::int8) all_rows<Dot<Int8>>(call, tile_begin, tile_end);
+    else all_rows<Dot<Mxfp4>>(call, tile_begin, tile_end);
 }
 
 void prepare_int8_avx512(const float* x, std::int64_t k, void* row) {

@@ -21,6 +21,9 @@ PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa isa) {
 #if defined(FOURFOLD_AVX512VNNI)
     if (arithmetic == Arithmetic::int8 && isa >= PackedIsa::avx512vnni) return packed_int8_avx512;
 #endif
+#if defined(FOURFOLD_AVX512BF16)
+    if (arithmetic == Arithmetic::exact && isa >= PackedIsa::avx512bf16) return packed_exact_avx512;
+#endif
     (void)isa;
     return arithmetic == Arithmetic::int8 ? packed_int8_portable : packed_exact_portable;
 }
@@ -28,6 +31,9 @@ PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa isa) {
 PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa isa) {
 #if defined(FOURFOLD_AVX512VNNI)
     if (arithmetic == Arithmetic::int8 && isa >= PackedIsa::avx512vnni) return prepare_int8_avx512;
+#endif
+#if defined(FOURFOLD_AVX512BF16)
+    if (arithmetic == Arithmetic::exact && isa >= PackedIsa::avx512bf16) return prepare_exact_avx512;
 #endif
     (void)isa;
     return arithmetic == Arithmetic::int8 ? prepare_int8_portable : prepare_exact_portable;
@@ -42,6 +48,10 @@ bool packed_isa_usable(PackedIsa isa) {
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined(FOURFOLD_AVX512VNNI) && defined(FOURFOLD_AVX512BF16)
+        case PackedIsa::avx512bf16:
+            return packed_isa_usable(PackedIsa::avx512vnni) && __builtin_cpu_supports("avx512bf16");
 #endif
         default:
             return isa == PackedIsa::automatic || isa == PackedIsa::portable;

@@ -1,6 +1,7 @@
 // The bytes of packed weights and of prepared x, and the table of kernels. Plain data and declarations only.
 //
-// A tile is 16 rows of W: the codes of all its blocks of 32 values, then 16 scale bytes per block; bf16 has no scales.
+// A tile is 16 rows of W. After the codes of every four of its blocks of 32 values (or of the last one to three) come
+// 64 bytes with the blocks' scales, 16 bytes each, so that a tile is one stream in memory; bf16 has no scales.
 //   mxfp4  256 bytes a block: byte 64 j + 4 r + c holds row r's value 4 j + c (low nibble) and 16 + 4 j + c (high)
 //   int8   512 bytes a block: byte 64 j + 4 r + c holds row r's value 4 j + c, plus 128
 //   bf16   1024 bytes a block: pair 16 p + r is row r's values 4 q + h and 4 q + h + 2 with q = p / 2, h = p % 2
@@ -15,12 +16,6 @@
 namespace fourfold {
 
 inline constexpr std::int64_t kPackedBlock = 32;
-
-constexpr std::int64_t blocks_of(std::int64_t k) { return (k + kPackedBlock - 1) / kPackedBlock; }
-
-constexpr std::int64_t code_bytes(WeightKind kind) {
-    return kind == WeightKind::mxfp4 ? 256 : kind == WeightKind::int8 ? 512 : 1024;
-}
 
 // As a float 1.5 * 2^23, where a step of the last bit is worth 1: kRoundBits + s are the bits of 1.5 * 2^23 + s.
 inline constexpr std::int32_t kRoundBits = 0x4B400000;
@@ -39,10 +34,35 @@ struct Bf16Block {
     std::uint16_t values[32];
 };
 
-constexpr std::int64_t prepared_row_bytes(Arithmetic arithmetic, std::int64_t k) {
+namespace {  // each file its own, since they are compiled for different processors
+
+constexpr inline std::int64_t blocks_of(std::int64_t k) { return (k + kPackedBlock - 1) / kPackedBlock; }
+
+constexpr inline std::int64_t code_bytes(WeightKind kind) {
+    return kind == WeightKind::mxfp4 ? 256 : kind == WeightKind::int8 ? 512 : 1024;
+}
+
+constexpr inline std::int64_t tile_bytes(WeightKind kind, std::int64_t k) {
+    const std::int64_t scales = kind == WeightKind::bf16 ? 0 : 64;
+    return blocks_of(k) * code_bytes(kind) + (blocks_of(k) + 3) / 4 * scales;
+}
+
+// Where the codes and the scales of block b begin in a tile.
+constexpr inline std::int64_t codes_at(WeightKind kind, std::int64_t b) {
+    return b * code_bytes(kind) + (kind == WeightKind::bf16 ? 0 : b / 4 * 64);
+}
+
+constexpr inline std::int64_t scales_at(WeightKind kind, std::int64_t k, std::int64_t b) {
+    const std::int64_t end = b / 4 * 4 + 4 < blocks_of(k) ? b / 4 * 4 + 4 : blocks_of(k);
+    return codes_at(kind, b / 4 * 4) + (end - b / 4 * 4) * code_bytes(kind) + b % 4 * kTileRows;
+}
+
+constexpr inline std::int64_t prepared_row_bytes(Arithmetic arithmetic, std::int64_t k) {
     std::int64_t block = arithmetic == Arithmetic::int8 ? sizeof(Int8Block) : sizeof(Bf16Block);
     return ((blocks_of(k) * block + 63) / 64 | 1) * 64;
 }
+
+}  // namespace
 
 struct PackedLinear {
     PackedWeight weight;
@@ -65,6 +85,10 @@ void prepare_exact_portable(const float* x, std::int64_t k, void* row);
 #if defined(FOURFOLD_AVX512VNNI)
 void packed_int8_avx512(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void prepare_int8_avx512(const float* x, std::int64_t k, void* row);
+#endif
+#if defined(FOURFOLD_AVX512BF16)
+void packed_exact_avx512(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void prepare_exact_avx512(const float* x, std::int64_t k, void* row);
 #endif
 
 }  // namespace fourfold

@@ -7,7 +7,6 @@
 namespace fourfold {
 namespace {
 
-constexpr std::uint8_t kScaleOne = 127;
 constexpr float kE2M1[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 
 struct ScaleValues {
@@ -37,16 +36,15 @@ void pack_codes_int8(const std::uint8_t* from, std::int64_t r, std::uint8_t* blo
 template <typename PackCodes>
 void pack_scaled(WeightKind kind, const std::uint8_t* codes, std::int64_t row_bytes, const std::uint8_t* scales,
                  std::int64_t n, std::int64_t k, std::uint8_t* tile, std::int64_t t, PackCodes pack_codes) {
-    const std::int64_t blocks = blocks_of(k), bytes = code_bytes(kind), from_bytes = row_bytes / blocks;
-    std::uint8_t* tile_scales = tile + blocks * bytes;
+    const std::int64_t blocks = blocks_of(k), from_bytes = row_bytes / blocks;
+    // rows that fill up the last tile are zeros: of int8 under its bias, of both under a scale that is a number
     std::memset(tile, kind == WeightKind::int8 ? 0x80 : 0, static_cast<std::size_t>(packed_tile_bytes(kind, k)));
-    std::memset(tile_scales, kScaleOne, static_cast<std::size_t>(blocks * kTileRows));
     const std::int64_t rows = std::min(kTileRows, n - t * kTileRows);
     for (std::int64_t r = 0; r < rows; ++r) {
         const std::int64_t row = t * kTileRows + r;
         for (std::int64_t b = 0; b < blocks; ++b) {
-            pack_codes(codes + row * row_bytes + b * from_bytes, r, tile + b * bytes);
-            tile_scales[b * kTileRows + r] = scales[row * blocks + b];
+            pack_codes(codes + row * row_bytes + b * from_bytes, r, tile + codes_at(kind, b));
+            tile[scales_at(kind, k, b) + r] = scales[row * blocks + b];
         }
     }
 }
@@ -84,10 +82,7 @@ const float* const kPackedScales = g_scales.value;
 
 std::int64_t packed_tiles(std::int64_t n) { return (n + kTileRows - 1) / kTileRows; }
 
-std::int64_t packed_tile_bytes(WeightKind kind, std::int64_t k) {
-    std::int64_t scales = kind == WeightKind::bf16 ? 0 : kTileRows;
-    return (blocks_of(k) * (code_bytes(kind) + scales) + 63) / 64 * 64;
-}
+std::int64_t packed_tile_bytes(WeightKind kind, std::int64_t k) { return tile_bytes(kind, k); }
 
 std::int64_t packed_bytes(WeightKind kind, std::int64_t n, std::int64_t k) {
     return packed_tiles(n) * packed_tile_bytes(kind, k);
@@ -121,14 +116,14 @@ void pack_bf16(const std::uint16_t* values, std::int64_t n, std::int64_t k, std:
 }
 
 void unpack_row(const PackedWeight& weight, std::int64_t row, float* out) {
-    const std::int64_t blocks = blocks_of(weight.k), bytes = code_bytes(weight.kind), r = row % kTileRows;
+    const std::int64_t r = row % kTileRows;
     const std::uint8_t* tile = weight.data + row / kTileRows * packed_tile_bytes(weight.kind, weight.k);
-    for (std::int64_t b = 0; b < blocks; ++b) {
+    for (std::int64_t b = 0; b < blocks_of(weight.k); ++b) {
         float scale = 1.0f;
-        if (weight.kind != WeightKind::bf16) scale = kPackedScales[tile[blocks * bytes + b * kTileRows + r]];
+        if (weight.kind != WeightKind::bf16) scale = kPackedScales[tile[scales_at(weight.kind, weight.k, b) + r]];
         const std::int64_t count = std::min(kPackedBlock, weight.k - b * kPackedBlock);
         for (std::int64_t i = 0; i < count; ++i)
-            out[b * kPackedBlock + i] = packed_value(weight.kind, tile + b * bytes, r, i) * scale;
+            out[b * kPackedBlock + i] = packed_value(weight.kind, tile + codes_at(weight.kind, b), r, i) * scale;
     }
 }
 

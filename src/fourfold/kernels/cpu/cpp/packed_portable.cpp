@@ -96,13 +96,12 @@ template <typename How>
 void rows_of_x(const PackedLinear& p, std::int64_t t, std::int64_t first, std::int64_t count) {
     const std::int64_t blocks = blocks_of(p.weight.k), stride = prepared_row_bytes(How::kArithmetic, p.weight.k);
     const std::uint8_t* tile = p.weight.data + t * packed_tile_bytes(p.weight.kind, p.weight.k);
-    const std::uint8_t* scale_bytes = tile + blocks * code_bytes(p.weight.kind);
     const char* rows = static_cast<const char*>(p.prepared) + first * stride;
     float sums[kRowsOfX][kLanes] = {}, scales[kLanes];
     typename How::Value codes[32][kLanes];
     for (std::int64_t b = 0; b < blocks; ++b) {
-        How::decode(p.weight.kind, tile + b * code_bytes(p.weight.kind), codes);
-        decode_scales(p.weight.kind, scale_bytes + b * kTileRows, How::unit(p.weight.kind), scales);
+        How::decode(p.weight.kind, tile + codes_at(p.weight.kind, b), codes);
+        decode_scales(p.weight.kind, tile + scales_at(p.weight.kind, p.weight.k, b), How::unit(p.weight.kind), scales);
         for (std::int64_t i = 0; i < count; ++i) How::add(codes, scales, rows + i * stride, b, sums[i]);
     }
     const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
