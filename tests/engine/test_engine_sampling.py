@@ -19,8 +19,7 @@ EOS = {0}
 
 def state(history: tuple[int, ...] = (), before: tuple[int, ...] = (1,), **params) -> SamplingState:
     result = SamplingState(SamplingParams(**params), list(before), VOCABULARY, EOS)
-    for token in history:
-        result.chose(token)
+    result.chose(history)
     return result
 
 
@@ -112,7 +111,7 @@ def test_a_broken_row_still_gives_a_token_of_the_vocabulary(value):
 def first_choice_shift(**params) -> torch.Tensor:
     """By how much parameters move each logit, after output 3, 3, 5 and a prompt of 1 and 3."""
     edited = LOGITS.clone()
-    state((3, 3, 5), (1, 3), **params).edit(edited)
+    state((3, 3, 5), (1, 3), **params).edit(edited.numpy())
     return edited - LOGITS
 
 

@@ -47,6 +47,23 @@ def test_broken_bytes_do_not_stop_the_text_after_them(engine):
     assert "".join(stream.push(token) for token in tokens).endswith("ok")
 
 
+def test_text_comes_straight_from_tokenizers_unless_a_tokenizer_adds_to_it(tiny_llama):
+    from transformers import PreTrainedTokenizerFast
+
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    plain, loud = PreTrainedTokenizerFast.from_pretrained(tiny_llama), Shouting.from_pretrained(tiny_llama)
+    tokens = [0, *plain.encode("grüße 😀"), 1]
+    for own in (plain, loud):
+        ours = Tokenizer(own, set())
+        for skip in (True, False):
+            theirs = own.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(tokens, skip) == theirs
+    assert Tokenizer(loud, set()).decode(plain.encode("loud")) == "LOUD"
+
+
 def test_special_tokens_are_silent_in_between(engine):
     stream = engine.tokenizer.stream()
     tokens = [*engine.tokenizer.encode("a"), 0, *engine.tokenizer.encode("b")]

@@ -33,3 +33,14 @@ def test_apps_do_not_share_metrics(start_server):
     first, second = start_server(), start_server()
     assert first.complete(**ASK).status_code == 200
     assert second.metric("fourfold_generation_tokens_total") == 0
+
+
+def test_drafts_show(start_server):
+    server = start_server(speculative_tokens=4)
+    song = [9, 8, 7, 6, 5] * 8
+    assert server.complete(prompt=song, max_tokens=60, ignore_eos=True, temperature=0).status_code == 200
+    stats = server.engine.stats
+    assert server.metric("fourfold_draft_tokens_total") == stats.draft_tokens > 0
+    assert server.metric("fourfold_accepted_draft_tokens_total") == stats.accepted_draft_tokens
+    assert server.metric("fourfold_steps_total") == stats.steps
+    assert server.metric("fourfold_generation_tokens_total") == 60

@@ -15,6 +15,10 @@ def serve(
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Requests that decode together.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache holds.")] = None,
     kv_cache: KVCacheOption = None,
+    speculative_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Longest draft looked up in a text so far and tried in one step; 0: none."),
+    ] = None,
 ) -> None:
     """Serve a model with the OpenAI API until Ctrl-C.
 
@@ -27,7 +31,7 @@ def serve(
     from fourfold.server import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
-    options |= {"kv_cache": check_kv_cache(kv_cache)}
+    options |= {"kv_cache": check_kv_cache(kv_cache), "speculative_tokens": speculative_tokens}
     try:
         config = EngineConfig.model_validate({name: v for name, v in options.items() if v is not None})
     except ValidationError as error:

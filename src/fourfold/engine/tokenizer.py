@@ -24,6 +24,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any, eos_token_ids: set[int]):
         self._tokenizer = tokenizer
+        self._backend = plain_backend(tokenizer)
         self.eos_token_ids = eos_token_ids
         self.bos_token_id: int | None = tokenizer.bos_token_id
 
@@ -49,6 +50,8 @@ class Tokenizer:
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``, without special tokens unless asked for."""
+        if self._backend is not None:
+            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -99,19 +102,33 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._start = 0
-        self._printed = 0
+        self._tokens: list[
+            int
+        ] = []  # those printed last, with the text ``_before``, and those not yet printed
+        self._printed, self._before = 0, ""
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes, possibly none."""
         self._tokens.append(token_id)
-        before = self._tokenizer.decode(self._tokens[self._start : self._printed])
-        after = self._tokenizer.decode(self._tokens[self._start :])
-        if len(after) <= len(before) or after.endswith(NOT_YET_TEXT):
+        after = self._tokenizer.decode(self._tokens)
+        if len(after) <= len(self._before) or after.endswith(NOT_YET_TEXT):
             return ""
-        self._start, self._printed = self._printed, len(self._tokens)
-        return after[len(before) :]
+        text = after[len(self._before) :]
+        del self._tokens[: self._printed]
+        self._printed, self._before = len(self._tokens), self._tokenizer.decode(self._tokens)
+        return text
+
+
+def plain_backend(tokenizer: Any) -> Any | None:
+    """The ``tokenizers`` object whose decoding is all that ``tokenizer``'s is; None when that does more.
+
+    What transformers puts around it costs four times the decoding of a token.
+    """
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    kind = type(tokenizer)
+    plain = isinstance(tokenizer, Plain) and kind.decode is Plain.decode and kind._decode is Plain._decode
+    return tokenizer.backend_tokenizer if plain else None
 
 
 def read_tokenizer(folder: Path, source: str, model_type: str | None = None) -> Any:

@@ -39,7 +39,7 @@ class SteppingEngine(Protocol):
         ...
 
     def step(self) -> list[TokenOutput]:
-        """Advance; at most one token for each running request."""
+        """Advance. Returns new tokens, those of one request in order."""
         ...
 
 

@@ -35,6 +35,9 @@ class EngineCollector(Collector):
         counters = {
             "preemptions": ("Requests put back because the KV cache was full", now.preemptions),
             "prefix_hit_tokens": ("Prompt tokens found in the prefix cache", now.prefix_hit_tokens),
+            "steps": ("Forward passes of the engine", now.steps),
+            "draft_tokens": ("Tokens that were tried ahead of their turn", now.draft_tokens),
+            "accepted_draft_tokens": ("Tokens tried ahead that came true", now.accepted_draft_tokens),
         }
         for name, (help_text, value) in gauges.items():
             yield GaugeMetricFamily(f"fourfold_{name}", help_text, value)
