@@ -1,7 +1,7 @@
 """How much of what round-to-nearest loses does each method win back? One calibration, one evaluation for all.
 
 python benchmarks/accuracy/compare.py MODEL --calibration TEXT --texts TEXT... --out RESULTS.json
-    --recipe w4a16/kl-round=RECIPE.yaml ... --checkpoint w4a16/llm-compressor-gptq=0:FOLDER ...
+    --recipe w4a16/distill=RECIPE.yaml ... --checkpoint w4a16/llm-compressor-gptq=0:FOLDER ...
 
 Recipes are run by Fourfold once per seed; checkpoints are those that a peer made from the same tokens
 (benchmarks/accuracy/tokens.py), given with their seed. ``--activation`` says what rounds the inputs of a

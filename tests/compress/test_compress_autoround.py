@@ -72,7 +72,7 @@ def test_bytes_and_notes_are_the_same_twice(model, tmp_path):
     assert any("model.layers.0: autoround" in note for note in open_checkpoint(tmp_path / "a").card().notes)
 
 
-@pytest.mark.parametrize("chosen", ["autoround", "mse-scale", "kl-round"])
+@pytest.mark.parametrize("chosen", ["autoround", "mse-scale", "distill"])
 def test_a_weight_that_is_not_a_number_is_named(tmp_path, chosen):
     model = build_model(tmp_path / "model", num_hidden_layers=1)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -53,9 +53,9 @@ def test_what_the_model_would_write_is_timed_on_a_piece(tiny_llama, tmp_path):
 
 
 def test_what_is_learned_over_the_whole_model_is_named(tiny_llama, tmp_path):
-    recipe = GPTQ.model_copy(update={"passes": ["kl-round"]})
+    recipe = GPTQ.model_copy(update={"passes": ["distill"]})
     dry = plan(tiny_llama, recipe, calibration=TOKENS, beside=tmp_path)
-    assert any("kl-round" in note for note in dry.notes)
+    assert any("distill" in note for note in dry.notes)
 
 
 def test_the_layer_that_is_run_is_of_the_most_common_kind(tmp_path):

@@ -69,7 +69,8 @@ class SeparateExperts(nn.Module):
         self.count, hidden, width = sizes(fused)
         for index in range(self.count):
             self.add_module(str(index), Expert(hidden, width, gated=gated, bias=bias))
-        post = getattr(fused, "post_expert_norm", None) if fused.has_post_expert_norm else None
+        normed = getattr(fused, "has_post_expert_norm", False)  # older transformers do not have it
+        post = getattr(fused, "post_expert_norm", None) if normed else None
         self.post_expert_norm: nn.Module | None = post
         # a tuple hides the module from torch: its parameters are not ours to load
         self._fused: tuple[Any] = (fused,)

@@ -26,6 +26,7 @@ from pydantic import Field
 
 from fourfold.compress.calibrated.column_feedback import DenseFeedback, Feedback, TokenFeedback
 from fourfold.compress.calibrated.column_rounding import Grid, round_columns
+from fourfold.compress.calibrated.turned import Turned
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.passes.rtn import check_finite
 from fourfold.compress.pipeline import Pass
@@ -190,14 +191,16 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def round_together(work: LayerWork, names: list[str], statistics: Statistics, options: Options) -> None:
     """Round linear layers that share an input and a scheme."""
-    for name in names:
-        check_finite(f"{name}.weight", work.linears[name].weight)
-    weight = torch.cat([work.linears[name].weight for name in names])
-    rounded = gptq(names[0], weight, work.schemes[names[0]], statistics, options)
+    linears = [work.linears[name] for name in names]
+    for name, linear in zip(names, linears, strict=True):
+        check_finite(f"{name}.weight", linear.weight)
+    # one linear layer's weight is rounded where it is
+    weight = torch.cat([linear.weight for linear in linears]) if len(names) > 1 else linears[0].weight.data
+    rounded = round_in_place(names[0], weight, work.schemes[names[0]], statistics, options)
     start = 0
-    for name in names:
-        end = start + len(work.linears[name].weight)
-        work.finish(name, rows_of(rounded, start, end))
+    for name, linear in zip(names, linears, strict=True):
+        end = start + len(linear.weight)
+        work.finish(name, rows_of(rounded, start, end), weight[start:end])
         start = end
 
 
@@ -211,22 +214,24 @@ def gptq(
     name: str, weight: torch.Tensor, scheme: LayerScheme, statistics: Statistics, options: Options
 ) -> BlockTensor:
     """``weight`` [out, in] rounded to the scheme's format; ``statistics`` are used up."""
+    own = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return round_in_place(name, own, scheme, statistics, options)
+
+
+def round_in_place(
+    name: str, weight: torch.Tensor, scheme: LayerScheme, statistics: Statistics, options: Options
+) -> BlockTensor:
+    """As ``gptq``, and the float32 ``weight`` becomes what it is rounded to."""
     block_format = get_format(scheme.weight)
     size = block_format.block_size or weight.shape[-1]
     diagonal = mean_squares(name, statistics)
     order = block_order(diagonal, size, options)
     feedback = damped(name, float(diagonal.mean()), options.damping, feedback_of(statistics, order, options))
     grid = Grid(block_format, scheme.scale_rule, block_format.whole_scale(weight), options.search)
-    values = weight.float().T.contiguous()
-    values = values if is_natural(order) else values[order]
-    scales = round_columns(values, feedback, size, grid)
-    del feedback
-    back = torch.argsort(order)
-    values = values if is_natural(order) else values[back]
-    stored = scales[0] if len(scales) == 1 else torch.cat(scales, -1)[:, back[::size] // size]
-    return block_format.quantize_with_scales(
-        values.T.contiguous(), stored, grid.whole_if_two_levels(), scheme.scale_rule
-    )
+    turned = Turned(weight, block_format, order, size)
+    round_columns(turned, feedback, size, grid)
+    check_finite(f"{name}.weight, rounded,", weight)
+    return turned.tensor(scheme.scale_rule or block_format.default_rule, grid.whole_if_two_levels())
 
 
 def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
