@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine_models import CASES, LLAMA3, build_case, greedy, load, prompt, witness, witness_logits
+from kv_checkpoints import with_kv_cache
 from safetensors.torch import load_file, save_file
 from tiny_models import build_architecture
 
@@ -181,6 +182,25 @@ def test_bfloat16_stays_near_transformers(built, model):
     theirs = witness_logits(witness(folder, torch.bfloat16), tokens)
     exact = witness_logits(exact, tokens)
     assert np.abs(ours - exact).mean() < 1.2 * np.abs(theirs - exact).mean()
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("model", ["gpt_oss", "gemma3_text"])
+def test_other_caches_lose_the_same_in_blocks_and_at_once(built, model, form):
+    folder, _ = built(model, next(iter(CASES[model])))
+    engine, tokens = load(folder, kv_cache=form, max_batch_tokens=16, kv_block_size=8), prompt(60)
+    for done in engine.generate([tokens, prompt(11)], greedy(12, logprobs=1)):
+        logits = engine.logits(done.prompt_token_ids + done.token_ids)[len(done.prompt_token_ids) - 1 : -1]
+        expected = torch.from_numpy(logits).log_softmax(-1)[torch.arange(12), done.token_ids]
+        np.testing.assert_allclose(done.logprobs, expected, atol=1e-4)
+
+
+def test_scales_of_the_cache_are_found_beside_a_vision_tower(built, tmp_path):
+    names = [f"language_model.model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "kv"]
+    scales = {name: torch.tensor([0.01, 0.02]) * (at + 1) for at, name in enumerate(names)}
+    folder = with_kv_cache(built("gemma3", "plain")[0], tmp_path / "kv", "fp8-head", scales)
+    held = load(folder).cache.form.scales
+    assert torch.equal(held.flatten(), torch.cat(list(scales.values())))
 
 
 def test_old_and_new_rope_keys_mean_the_same():

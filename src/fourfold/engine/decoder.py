@@ -94,13 +94,13 @@ class Decoder:
     def __init__(self, config: dict[str, Any], weights: Weights):
         self.config = config = self.settings(config)
         self.shape = shape = Shape.of(config)
-        self.dtype, base = weights.dtype, self.base(weights)
+        self.dtype, self.prefix = weights.dtype, self.prefix_in(weights)
         embedding = (shape.vocabulary, shape.hidden)
-        self.embedding = weights.tensor(base + "embed_tokens.weight", embedding)
+        self.embedding = weights.tensor(self.prefix + "embed_tokens.weight", embedding)
         self.embedding_scale = self.scale_of_embedding()
         self.rotaries = [Rotary(rope, shape.head_dim, weights.dtype) for rope in self.ropes(config)]
-        self.layers = [self.build_layer(weights, f"{base}layers.{i}.", i) for i in range(shape.layers)]
-        self.norm = self.build_norm(weights, base + "norm")
+        self.layers = [self.build_layer(weights, f"{self.prefix}layers.{i}.", i) for i in range(shape.layers)]
+        self.norm = self.build_norm(weights, self.prefix + "norm")
         own_head = not shape.tied or weights.is_packed("lm_head.weight")
         self.head = weights.linear("lm_head", *embedding) if own_head else Linear(self.embedding)
         self.logit_softcap = self.softcap_of_logits(config)
@@ -123,7 +123,7 @@ class Decoder:
         """The part of a checkpoint's config that describes the decoder, with what it leaves unsaid."""
         return cls.defaults | config
 
-    def base(self, weights: Weights) -> str:
+    def prefix_in(self, weights: Weights) -> str:
         """What the names of the decoder's parameters begin with."""
         return "model."
 

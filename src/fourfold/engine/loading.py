@@ -57,25 +57,24 @@ def build_kv_format(checkpoint: Checkpoint, config: EngineConfig, model: Decoder
         )
     scales = None
     if name in SCALED and checkpoint.kv_scales:
-        scales = torch.stack(
-            [_layer_scales(checkpoint, name, i, model.shape) for i in range(model.shape.layers)]
-        )
+        scales = torch.stack([_layer_scales(checkpoint, name, model, i) for i in range(model.shape.layers)])
     return kv_format(name, model.dtype, model.shape.head_dim, scales)
 
 
-def _layer_scales(checkpoint: Checkpoint, name: KVCacheFormat, layer: int, shape: Shape) -> torch.Tensor:
+def _layer_scales(checkpoint: Checkpoint, name: KVCacheFormat, model: Decoder, layer: int) -> torch.Tensor:
     """Scales [2 * kv_heads] of ``layer``, keys' first."""
     parts = []
     for part in ("k_proj", "v_proj"):
-        module = f"model.layers.{layer}.self_attn.{part}"
+        module = f"{model.prefix}layers.{layer}.self_attn.{part}"
         scale = checkpoint.kv_scales.get(module, torch.ones(1))
-        count = shape.kv_heads if scale.numel() > 1 else 1
+        heads = model.shape.kv_heads
+        count = heads if scale.numel() > 1 else 1
         if problem := scale_problem(scale, count):
             raise FourfoldError(
                 f"The KV scale of {module} {problem}. `fourfold verify` lists what is damaged."
             )
         # for one scale, the largest head's holds every head
-        parts.append((scale if name == PER_HEAD else scale.max()).expand(shape.kv_heads))
+        parts.append((scale if name == PER_HEAD else scale.max()).expand(heads))
     return torch.cat(parts)
 
 

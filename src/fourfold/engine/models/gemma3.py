@@ -5,7 +5,7 @@ from typing import Any
 from fourfold.engine.models.gemma3_text import Gemma3Text
 from fourfold.engine.weights import Weights
 
-BASES = ("model.language_model.", "language_model.model.")  # as transformers 5 writes them, and as before
+PREFIXES = ("model.language_model.", "language_model.model.")  # as transformers 5 writes them, and as before
 
 
 class Gemma3(Gemma3Text):
@@ -17,9 +17,9 @@ class Gemma3(Gemma3Text):
         tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
         return super().settings(tied | config.get("text_config", config))
 
-    def base(self, weights: Weights) -> str:
+    def prefix_in(self, weights: Weights) -> str:
         """Where the text's decoder is among the parts."""
-        return next((base for base in BASES if weights.has(base + "norm.weight")), BASES[0])
+        return next((prefix for prefix in PREFIXES if weights.has(prefix + "norm.weight")), PREFIXES[0])
 
 
 MODEL = Gemma3
