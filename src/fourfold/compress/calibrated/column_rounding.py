@@ -1,8 +1,10 @@
 """Rounding a weight column by column, as GPTQ does: the scale of each block of columns, then its values.
 
 A block's scale is taken when its first column is reached, from the weights as they then are. Weights are
-held turned, [in, out], so that a column of the weight is a run of memory. Price: some 15 calls per column,
-and with a search for scales one rounding more of everything for every scale that is tried.
+held turned, [columns, out], so that a column of the weight is a run of memory, and in units of the block's
+scale while its columns are rounded, so that nothing is divided or multiplied column by column. Price: nine
+calls per column, which on a GPU or with few rows cost more than what they compute, and with a search for
+scales one rounding more of everything for every scale that is tried.
 """
 
 from collections.abc import Iterator
@@ -11,9 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from fourfold.compress.calibrated.column_feedback import Block, Feedback, blocks_of
+from fourfold.compress.calibrated.nearest import Nearest
+from fourfold.compress.calibrated.turned import Turned
 from fourfold.formats import BlockFormat
 
-STEP = 16  # columns whose errors reach the rest of their block one by one
+STEP = 32  # columns whose errors reach the rest of their block one by one
 
 
 @dataclass
@@ -37,15 +41,15 @@ class Grid:
             return held, start
         best, best_error = start, torch.full_like(start, torch.inf)
         counts = importance.square()
+        scaled, rounded = torch.empty_like(columns), torch.empty_like(columns)
+        nearest = Nearest(self.block_format.element, columns)
         for multiplier in self._neighbours(start):
-            error = counts @ self.round(columns, multiplier).sub_(columns).square_()
+            torch.div(columns, multiplier, out=scaled)
+            nearest(scaled, rounded)
+            error = (counts @ rounded.sub_(scaled).square_()).mul_((multiplier / start).square_())
             better = error < best_error
             best, best_error = torch.where(better, multiplier, best), torch.where(better, error, best_error)
         return self.block_format.nearest_scales(best[:, None], self.whole), best
-
-    def round(self, columns: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-        """``columns`` [..., out] at the nearest values under ``multiplier`` [out]."""
-        return self.block_format.element.round(columns / multiplier).mul_(multiplier)
 
     def whole_if_two_levels(self) -> torch.Tensor | None:
         """The global scale that is stored beside block scales."""
@@ -66,63 +70,80 @@ class Grid:
         return self.block_format.multipliers(held, self.whole_if_two_levels()).reshape(-1).expand(rows)
 
 
-def round_columns(w: torch.Tensor, feedback: Feedback, size: int, grid: Grid) -> list[torch.Tensor]:
-    """Round ``w`` [in, out] in place, row by row, which are the weight's columns; ``size`` of them share one
-    of the scales that are returned.
-    """
-    scales: list[torch.Tensor] = []
-    multiplier = w[0]
-    for columns in blocks_of(len(w)):
+def round_columns(turned: Turned, feedback: Feedback, size: int, grid: Grid) -> None:
+    """Round ``turned``; ``size`` of its columns share a scale."""
+    multiplier = None
+    for columns in blocks_of(turned.width):
         block = feedback.block(columns)
         diagonal = block.factor.diagonal()
-        sweep = Sweep(w[columns], block, diagonal)
+        sweep = Sweep(turned.take(columns), block, diagonal, grid)
         for begin in range(columns.start, columns.stop, min(size, STEP)):
+            local = begin - columns.start
             if begin == 0 and size > columns.stop:  # a scale for the whole row
-                held, multiplier = grid.scales(w, feedback.diagonal())
-                scales.append(held)
+                held, multiplier = grid.scales(turned.weight.T, feedback.diagonal())
+                turned.put_scales(0, held)
             elif begin % size == 0:
-                shared = slice(begin - columns.start, begin - columns.start + size)
+                shared = slice(local, local + size)
                 held, multiplier = grid.scales(sweep.standing(shared), diagonal[shared])
-                scales.append(held)
-            sweep.round(begin - columns.start, min(size, STEP), grid, multiplier)
+                turned.put_scales(begin, held)
+            assert multiplier is not None
+            sweep.round(slice(local, min(local + min(size, STEP), len(sweep.w))), multiplier)
+        turned.put(columns, sweep.rounded, sweep.codes)
         feedback.finish(columns, sweep.errors, sweep.before)
-    return scales
 
 
 class Sweep:
-    """The rounding of one block of columns ``w`` [b, out], which become the rounded values; ``errors`` and
-    ``before`` are w - q and c of :mod:`fourfold.compress.calibrated.column_feedback`.
+    """The rounding of one block of columns ``w`` [b, out] to ``rounded`` and ``codes`` [b, out].
+
+    ``errors`` and ``before`` are w - q and c of :mod:`fourfold.compress.calibrated.column_feedback`. They lie
+    side by side, so that one product with what lies before a column gives all that its feedback is.
     """
 
-    def __init__(self, w: torch.Tensor, block: Block, diagonal: torch.Tensor):
-        self.w = w
-        self.before = w.clone() if block.pending is None else (block.pending.div_(diagonal[:, None]).add_(w))
-        self.errors = torch.empty_like(w)
-        self._factor = block.factor / diagonal
-        self._pull = None if block.pull is None else block.pull / diagonal
+    def __init__(self, w: torch.Tensor, block: Block, diagonal: torch.Tensor, grid: Grid):
+        self.w, self._element = w, grid.block_format.element
+        self.rounded, self.codes = torch.empty_like(w), torch.empty_like(w, dtype=torch.uint8)
+        matrices = [block.factor] if block.pull is None else [block.factor, block.pull]
+        self._kinds = len(matrices)
+        # [to, from] so that what reaches one column is a row
+        self._reach = torch.stack([m.T / diagonal[:, None] for m in matrices], -1).flatten(1)
+        self._told = w.new_empty(len(w), self._kinds, w.shape[-1])
+        self.errors = self._told[:, 0]
+        self.before = torch.empty_like(w) if block.pull is None else self._told[:, 1]
+        if block.pending is None:
+            self.before.copy_(w)
+        else:
+            torch.add(w, block.pending.div_(diagonal[:, None]), out=self.before)
+        self._nearest = Nearest(self._element, w[0])
 
     def standing(self, columns: slice) -> torch.Tensor:
         """``columns`` as the rounding of all before them leaves them; ``before`` is so for the first."""
         own = self.w[columns]
+        factor = self._reach[columns, columns.start * self._kinds : columns.stop * self._kinds : self._kinds]
         one = torch.eye(len(own), dtype=own.dtype, device=own.device)
-        inverse = torch.linalg.solve_triangular(
-            self._factor[columns, columns], one, upper=True, unitriangular=True
-        )
-        return torch.addmm(own, inverse.T, self.before[columns] - own)
+        inverse = torch.linalg.solve_triangular(factor, one, upper=False, unitriangular=True)
+        return torch.addmm(own, inverse, self.before[columns] - own)
 
-    def round(self, begin: int, count: int, grid: Grid, multiplier: torch.Tensor) -> None:
-        """Round ``count`` columns under one ``multiplier`` [out]."""
-        end = min(begin + count, len(self.w))
-        for j in range(begin, end):
-            rounded = grid.round(self.before[j], multiplier)
-            error = torch.sub(self.w[j], rounded, out=self.errors[j])
-            self.w[j] = rounded
-            if j + 1 < end:
-                self.before[j + 1 : end].addr_(self._factor[j, j + 1 : end], error)
-                if self._pull is not None:
-                    self.before[j + 1 : end].addr_(self._pull[j, j + 1 : end], self.before[j])
-        done, rest = slice(begin, end), slice(end, len(self.w))
-        if end < len(self.w):
-            self.before[rest].addmm_(self._factor[done, rest].T, self.errors[done])
-            if self._pull is not None:
-                self.before[rest].addmm_(self._pull[done, rest].T, self.before[done])
+    def round(self, columns: slice, multiplier: torch.Tensor) -> None:
+        """Round ``columns`` under one ``multiplier`` [out], and tell the later ones of the block."""
+        told = self._told[columns]
+        self._round_scaled(columns, (self.w[columns] / multiplier).unbind(), multiplier)
+        told.mul_(multiplier)
+        if self._kinds == 1:
+            self.before[columns].mul_(multiplier)
+        if columns.stop < len(self.w):
+            reach = self._reach[columns.stop :, columns.start * self._kinds : columns.stop * self._kinds]
+            self.before[columns.stop :].addmm_(reach, told.flatten(0, 1))
+
+    def _round_scaled(self, columns: slice, w: tuple[torch.Tensor, ...], multiplier: torch.Tensor) -> None:
+        """One by one, all in units of ``multiplier``."""
+        before, told = self.before[columns].div_(multiplier), self._told[columns].flatten(0, 1).T
+        reach = self._reach[columns, columns.start * self._kinds : columns.stop * self._kinds].unbind()
+        scaled, errors = self.rounded[columns], self.errors[columns].unbind()
+        for j, (column, rounded) in enumerate(zip(before.unbind(), scaled.unbind(), strict=True)):
+            if j:
+                known = j * self._kinds
+                column.addmv_(told[:, :known], reach[j][:known])
+            self._nearest(column, rounded)
+            torch.sub(w[j], rounded, out=errors[j])
+        self.codes[columns] = self._element.encode(scaled)
+        scaled.mul_(multiplier)

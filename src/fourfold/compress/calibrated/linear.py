@@ -24,6 +24,9 @@ class CalibratedLinear(nn.Linear):
     rounds_input: bool = False
     observer: Observer | None = None
 
+    def reset_parameters(self) -> None:
+        """Nothing: values come from a checkpoint, and on the meta device torch would import its compiler."""
+
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in] as the weight expects it, before it is rounded."""
         return x if self.rotation is None else turn(x, self.rotation)

@@ -17,6 +17,7 @@ from fourfold.compress.calibrated.building import build, find_layers, make_buffe
 from fourfold.compress.calibrated.experts import parameters_apart, separate_experts
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.names import Names
+from fourfold.compress.calibrated.plain import plain_model
 from fourfold.compress.model import Model
 from fourfold.core.errors import FourfoldError
 
@@ -32,12 +33,13 @@ class Call:
 class Skeleton:
     """The decoder of ``model`` (resolved, unrounded) for calibration on ``device``; computes in float32.
 
-    Raises FourfoldError for a configuration that transformers cannot build, or without decoder layers.
+    With ``layers_only`` nobody will run its ``net`` as a whole, which then need not be transformers'. Raises
+    FourfoldError for a configuration that transformers cannot build, or without decoder layers.
     """
 
-    def __init__(self, model: Model, device: torch.device):
+    def __init__(self, model: Model, device: torch.device, *, layers_only: bool = False):
         self.model, self.device = model, device
-        self.net = build(model.config)
+        self.net = (plain_model(model.config) if layers_only else None) or build(model.config)
         self.layers_name, self.layers = find_layers(self.net)
         self.names = Names(self.net, model)
         for name in sorted(parameters_apart(self.layers)):
@@ -111,7 +113,8 @@ class Skeleton:
 
     def _fill(self, part: nn.Module, inside: str) -> nn.Module:
         """Bring ``part`` from the meta device to the device, with the checkpoint's values in float32."""
-        part = part.to_empty(device=self.device).eval()
+        # as `to_empty`, for which torch would import its symbolic shapes
+        part = part._apply(self._empty).eval()
         make_buffers(part, self.net.get_submodule(self.layers_name.rpartition(".")[0]))
         held = part.state_dict(keep_vars=True)
         for name, value in self.names.values(inside + n for n in held if not self._computed(inside + n)):
@@ -124,6 +127,9 @@ class Skeleton:
                     "recipe without calibration (mxfp4)."
                 )
         return part.requires_grad_(False)
+
+    def _empty(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device)
 
     def _computed(self, parameter: str) -> bool:
         """Whether it is a buffer that this checkpoint leaves for transformers to compute."""

@@ -99,10 +99,15 @@ class LayerWork:
             for experts, one in surveys.items()
         ]
 
-    def finish(self, name: str, blocks: BlockTensor) -> None:
-        """``blocks`` is the final weight of the linear layer ``name``, which computes with it from now on."""
+    def finish(self, name: str, blocks: BlockTensor, values: torch.Tensor | None = None) -> None:
+        """``blocks`` is the final weight of the linear layer ``name``, which computes with it from now on.
+        ``values`` is the same in float32, where it is at hand.
+        """
         self.blocks[name] = blocks
-        self.linears[name].weight.data.copy_(blocks.dequantize())
+        held = self.linears[name].weight.data
+        values = blocks.dequantize() if values is None else values
+        if values.data_ptr() != held.data_ptr():
+            held.copy_(values)
 
     def round_rest(self, round_weight: Callable[[str, torch.Tensor, LayerScheme], BlockTensor]) -> None:
         """Round what no pass has finished."""
