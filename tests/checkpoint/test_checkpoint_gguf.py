@@ -15,11 +15,16 @@ from fourfold.core.errors import FourfoldError
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, VOCABULARY, LAYERS = 64, 96, 4, 2, 40, 2
 # transformers 5.23 does not read the width of heads for qwen3 and takes its default
-HEADS_OF = {"llama": 16, "qwen3": 128, "gemma3": 256}  # nor what gemma3's queries are scaled by
+# nor by what gemma3's queries are scaled, nor how wide the experts of qwen3moe are
+HEADS_OF = {"llama": 16, "qwen3": 128, "gemma3": 256}
+EXPERTS, EXPERT_WIDTH = 4, 768
 Q4_1, Q8_0, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_1", "Q8_0", "F32"))
 
 
-def layer_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+DENSE = ("ffn_gate", "ffn_up", "ffn_down")
+
+
+def layer_shapes(architecture: str, experts: bool) -> dict[str, tuple[int, ...]]:
     head = HEADS_OF.get(architecture, 16)
     shapes = {
         "attn_norm": (HIDDEN,),
@@ -34,7 +39,11 @@ def layer_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
     }
     if architecture == "qwen2":
         shapes |= {f"{name}.bias": shapes[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
-    if architecture in ("qwen3", "gemma3"):
+    if experts:
+        shapes |= {f"ffn_{name}_exps": (EXPERTS, EXPERT_WIDTH, HIDDEN) for name in ("gate", "up")}
+        shapes |= {"ffn_down_exps": (EXPERTS, HIDDEN, EXPERT_WIDTH), "ffn_gate_inp": (EXPERTS, HIDDEN)}
+        shapes = {name: shape for name, shape in shapes.items() if name not in DENSE}
+    if architecture in ("qwen3", "qwen3moe", "gemma3"):
         shapes |= {"attn_q_norm": (head,), "attn_k_norm": (head,)}
     if architecture == "gemma3":
         shapes |= {"post_attention_norm": (HIDDEN,), "post_ffw_norm": (HIDDEN,)}
@@ -47,6 +56,7 @@ def write_gguf(
     tied: bool = True,
     numbers: dict[str, object] | None = None,
     divisors: np.ndarray | None = None,
+    experts: bool = False,
     **metadata,
 ) -> Path:
     """Random weights in Q4_1, embeddings in Q8_0, norms in F32, and a vocabulary of letters.
@@ -57,7 +67,10 @@ def write_gguf(
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(WIDTH)
+    writer.add_feed_forward_length(EXPERT_WIDTH if experts else WIDTH)
+    if experts:
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -74,7 +87,9 @@ def write_gguf(
     for key, value in metadata.items():
         writer.add_string(key.replace("__", "."), value)
     random = np.random.default_rng(7)
-    shapes = {f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer_shapes(architecture).items()}
+    shapes = {
+        f"blk.{i}.{n}": s for i in range(LAYERS) for n, s in layer_shapes(architecture, experts).items()
+    }
     shapes |= {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,)}
     shapes |= {} if tied else {"output": (VOCABULARY, HIDDEN)}
     for name, shape in shapes.items():
@@ -113,12 +128,20 @@ def peers_model(path: Path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True), ("gemma3", True)]
+    ("architecture", "tied"),
+    [
+        ("llama", True),
+        ("llama", False),
+        ("qwen2", False),
+        ("qwen3", True),
+        ("qwen3moe", False),
+        ("gemma3", True),
+    ],
 )
 def test_the_model_is_the_one_that_transformers_reads(tmp_path, architecture, tied):
     from transformers import AutoModelForCausalLM
 
-    path = write_gguf(tmp_path / "tiny.gguf", architecture, tied)
+    path = write_gguf(tmp_path / "tiny.gguf", architecture, tied, experts=architecture == "qwen3moe")
     theirs = peers_model(path)
     convert(path, tmp_path / "plain", "plain")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
@@ -131,6 +154,32 @@ def test_the_model_is_the_one_that_transformers_reads(tmp_path, architecture, ti
         tokens = torch.arange(2, 30)[None]
         # the same weights to the bit through the same code: nothing may differ
         torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=0, atol=0)
+
+
+def test_experts_of_a_mixtral_are_cut_from_their_stacks(tmp_path):
+    """Which transformers does not read."""
+    path = write_gguf(tmp_path / "tiny.gguf", experts=True)
+    stacks = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["model_type"] == "mixtral" and checkpoint.config["num_local_experts"] == EXPERTS
+    assert checkpoint.config["num_experts_per_tok"] == 2
+    for layer in range(LAYERS):
+        for theirs, ours in {"gate": "w1", "up": "w3", "down": "w2"}.items():
+            stack = stacks[f"blk.{layer}.ffn_{theirs}_exps.weight"]
+            values = torch.from_numpy(gguf.dequantize(stack.data, stack.tensor_type)).bfloat16()
+            for expert in range(EXPERTS):
+                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{ours}.weight"
+                assert torch.equal(checkpoint.load(name), values[expert])
+    convert(path, tmp_path / "plain", "plain")
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)[1]
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+
+
+def test_experts_that_are_not_as_many_as_said_have_no_place(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", experts=True, numbers={"expert_count": 3})
+    assert "ffn_" in refused(path) and "no place" in refused(path)
 
 
 def test_tokenizer_card_and_settings_come_from_the_file(tmp_path):

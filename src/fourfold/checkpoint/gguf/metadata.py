@@ -1,7 +1,7 @@
 """From a GGUF file's metadata to the config.json that transformers would have for the model.
 
 Keys and their meaning are those of the GGUF specification (ggml, docs/gguf.md). What cannot be expressed
-without guessing (rotary scaling other than Llama 3's, experts) is refused, because a model that is only
+without guessing (rotary scaling other than Llama 3's) is refused, because a model that is only
 slightly wrong is worse.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fourfold.checkpoint.gguf.experts import MIXTRAL, QWEN, ExpertNames, expert_settings
 from fourfold.checkpoint.gguf.gemma import NORM_OFFSET, gemma3_settings
 from fourfold.checkpoint.gguf.rope import TENSOR, llama3_parameters
 from fourfold.checkpoint.gguf.values import START_AGAIN, Values
@@ -20,21 +21,26 @@ from fourfold.core.errors import FourfoldError
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a GGUF architecture is called in transformers, whether its q and k rows were permuted, and what was
-    added to the weights of its norms.
+    """How a GGUF architecture is called in transformers, whether its q and k rows were permuted, what was
+    added to the weights of its norms, and the names of its experts.
     """
 
     model_type: str
     class_name: str
     permuted: bool = False
     norm_offset: float = 0.0
+    experts: ExpertNames | None = None
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", permuted=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", experts=QWEN),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", norm_offset=NORM_OFFSET),
+}
+WITH_EXPERTS = {  # of those whose files may have some
+    "llama": Architecture("mixtral", "MixtralForCausalLM", permuted=True, experts=MIXTRAL)
 }
 REQUIRED = {
     "block_count": "num_hidden_layers",
@@ -55,7 +61,8 @@ def architecture_of(path: Path, metadata: dict[str, Any]) -> Architecture:
             f"{path} holds a model of the architecture '{short(str(name))}'. From GGUF, Fourfold reads "
             f"{', '.join(ARCHITECTURES)}. {START_AGAIN}"
         )
-    return ARCHITECTURES[name]
+    has_experts = bool(metadata.get(f"{name}.expert_count", 0))
+    return WITH_EXPERTS.get(name, ARCHITECTURES[name]) if has_experts else ARCHITECTURES[name]
 
 
 def model_config(
@@ -91,6 +98,8 @@ def model_config(
     theta = values.positive("rope.freq_base", 10000.0)
     config |= {"hidden_act": "silu", "rope_theta": theta}
     config["rope_parameters"] = _rope(path, theta, config["head_dim"], divisors)
+    if architecture.experts:
+        config |= expert_settings(architecture.experts, values, config["intermediate_size"])
     if architecture.model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
@@ -145,5 +154,7 @@ def _refuse_inexpressible(values: Values, architecture: Architecture) -> None:
             "rope.scaling",
             "scales its rotary embeddings in a way which cannot be taken over without guessing",
         )
-    if values.get("expert_count", 0):
-        raise values.inexpressible("expert_count", "has experts, which Fourfold does not read from GGUF")
+    if values.get("expert_count", 0) and architecture.experts is None:
+        raise values.inexpressible(
+            "expert_count", f"has experts, which a {architecture.class_name} does not have"
+        )

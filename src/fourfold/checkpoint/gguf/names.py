@@ -21,11 +21,15 @@ LAYER_MODULES = (
 SUFFIXES = (".weight", ".bias")
 
 
-def parameter_names(architecture: str, layers: int) -> dict[str, str]:
-    """GGUF name -> parameter name, for every tensor that a model of ``layers`` layers can have."""
+def parameter_names(architecture: str, layers: int, router: str | None = None) -> dict[str, str]:
+    """GGUF name -> parameter name, for every tensor that a model of ``layers`` layers can have.
+
+    Stacks of experts are not among them; ``router`` is what chooses between these.
+    """
     known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     to_gguf = gguf.get_tensor_name_map(known[architecture], layers)
-    modules = [*MODULES, *(f"model.layers.{i}.{name}" for i in range(layers) for name in LAYER_MODULES)]
+    inner = LAYER_MODULES if router is None else (*LAYER_MODULES, router)
+    modules = [*MODULES, *(f"model.layers.{i}.{name}" for i in range(layers) for name in inner)]
     names: dict[str, str] = {}
     for module in modules:
         if (base := to_gguf.get_name(module)) is not None:

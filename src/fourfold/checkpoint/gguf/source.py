@@ -17,6 +17,7 @@ import torch
 
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.folder import tokenizer_files
+from fourfold.checkpoint.gguf.experts import cut
 from fourfold.checkpoint.gguf.header import Stored, read_header
 from fourfold.checkpoint.gguf.metadata import architecture_of, model_config, token_ids
 from fourfold.checkpoint.gguf.names import parameter_names
@@ -152,11 +153,16 @@ def _typed(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 def _named(
     path: Path, metadata: dict[str, Any], config: dict[str, Any], stored: list[Stored]
 ) -> dict[str, Placed]:
-    names = parameter_names(metadata["general.architecture"], int(config["num_hidden_layers"]))
     architecture = architecture_of(path, metadata)
+    experts = architecture.experts
+    router = experts.router if experts else None
+    names = parameter_names(metadata["general.architecture"], int(config["num_hidden_layers"]), router)
     heads = {".q_proj.": config["num_attention_heads"], ".k_proj.": config["num_key_value_heads"]}
     tensors: dict[str, Placed] = {}
     for tensor in stored:
+        if experts and (pieces := dict(cut(tensor, experts, config[experts.count]))):
+            tensors |= {name: Placed(piece, None) for name, piece in pieces.items()}
+            continue
         name = names.get(tensor.name)
         if name is None:
             raise FourfoldError(
