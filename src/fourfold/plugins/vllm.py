@@ -1,0 +1,99 @@
+"""vLLM on a CPU: MXFP4 linear layers by Fourfold's kernel. vLLM has none of its own and refuses such models.
+
+    pip install 'fourfold[vllm]';  vllm serve CHECKPOINT
+
+vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``), finds the class
+by its platform and kernel type, and asks it what it can do. Nothing here imports vLLM but ``register``, so
+all of it can be tried without it. The layer's checkpoint tensors are replaced by their packed tiles when a
+model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``.
+
+vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 or leaves them
+(compressed-tensors W4A16 comes with the key of W4A4); like its Marlin kernel on a GPU this one multiplies
+weights only, and says so."""
+
+import os
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from fourfold.formats import BlockTensor
+from fourfold.kernels import native_available, native_problem, set_threads
+from fourfold.kernels.cpu.packed import PackedWeight
+
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+library = torch.library.Library("fourfold", "FRAGMENT")
+library.define("mxfp4_linear(Tensor x, Tensor tiles, int n) -> Tensor")
+
+
+@torch.library.impl(library, "mxfp4_linear", "CPU")
+def mxfp4_linear(x: torch.Tensor, tiles: torch.Tensor, n: int) -> torch.Tensor:
+    """``x`` [..., K] times the packed weight [N, K] transposed, in the dtype of ``x``."""
+    return PackedWeight("mxfp4", n, x.shape[-1], tiles).linear(x)
+
+
+@torch.library.register_fake("fourfold::mxfp4_linear", lib=library)
+def mxfp4_linear_shape(x: torch.Tensor, tiles: torch.Tensor, n: int) -> torch.Tensor:
+    """What torch.compile is told of the result."""
+    return x.new_empty(*x.shape[:-1], n)
+
+
+class FourfoldMxFp4LinearKernel:
+    """vLLM's interface of an MXFP4 linear kernel (``MxFp4LinearKernel``); shown under this name in its
+    log."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Where the C++ extension can be loaded."""
+        return native_available(), native_problem()
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        """Weights only: activations stay what they are, as in vLLM's own weight-only kernels."""
+        return True, None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Called once for every layer, with ``weight`` [N, K/2] and ``weight_scale`` [N, K/32], both
+        uint8."""
+        share_threads()
+        packed = PackedWeight.pack(BlockTensor("mxfp4", layer.weight.data, layer.weight_scale.data))
+        layer.weight = Parameter(packed.data, requires_grad=False)
+        layer.fourfold_rows = packed.n
+        del layer.weight_scale
+
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x`` [..., K] -> [..., N]."""
+        y = torch.ops.fourfold.mxfp4_linear(x, layer.weight, layer.fourfold_rows)
+        return y if bias is None else y + bias
+
+
+def share_threads() -> None:
+    """As many threads as torch has, free to run on the cores that this process had when it began.
+
+    vLLM binds its threads to one core each, and a thread inherits the cores of the one that starts it.
+    """
+    if CORES is None:
+        set_threads(torch.get_num_threads())
+        return
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        set_threads(torch.get_num_threads())
+    finally:
+        os.sched_setaffinity(0, bound)
+
+
+def register() -> None:
+    """Offer the kernel to vLLM's selection; called again in the same process it changes nothing."""
+    from vllm.model_executor.kernels.linear import (  # pyright: ignore[reportMissingImports]
+        _POSSIBLE_MXFP4_KERNELS,
+        register_linear_kernel,
+    )
+    from vllm.platforms import PlatformEnum  # pyright: ignore[reportMissingImports]
+
+    if FourfoldMxFp4LinearKernel not in _POSSIBLE_MXFP4_KERNELS.get(PlatformEnum.CPU, []):
+        register_linear_kernel(FourfoldMxFp4LinearKernel, PlatformEnum.CPU, "mxfp4")

