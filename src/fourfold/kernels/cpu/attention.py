@@ -31,14 +31,15 @@ def attend(
     softmax: Softmax,
     kv_scales: Tensor | None = None,
     isa: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """q float32 [T, heads, D] over ``cache`` -> float32 [T, heads, D]; rows of no span are undefined.
+    """q float32 [T, heads, D] over ``cache`` -> ``out``, float32 [T, heads, D]; rows of no span stay as they are.
 
     spans int64 [n, 3] (row, count, start), tables int32 [n, most blocks], kv_scales float32 [2 * kv_heads].
     Raises ValueError for shapes, types and blocks that do not fit.
     """
     assert native is not None
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     _, block_size, heads2, width = cache.shape
     native.attention(
         q.flatten(1),

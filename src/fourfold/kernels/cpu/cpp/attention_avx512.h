@@ -49,6 +49,7 @@ inline float lane(__m512 x) { return _mm512_cvtss_f32(x); }
 
 // Which of the 16 keys from `key` on lie in [begin, end).
 inline __mmask16 seen(std::int64_t key, std::int64_t begin, std::int64_t end) {
+    if (key >= begin && key + 16 <= end) return 0xFFFF;
     std::uint32_t low = (1u << most(0, least(16, begin - key))) - 1;
     std::uint32_t high = (1u << most(0, least(16, end - key))) - 1;
     return static_cast<__mmask16>(high & ~low);
@@ -59,7 +60,7 @@ struct Block {
     const float* query;  // lanes
     float* states;
     std::int64_t begin[kRowsTogether], end[kRowsTogether];  // keys of the tile
-    std::int64_t first_column, last_column;                 // of all rows
+    std::int64_t first, last;                               // of all rows; first is a multiple of 32
     float kept[kRowsTogether], added[kRowsTogether];
     alignas(64) float scores[kRowsTogether][kTileKeys];
     alignas(64) float weights[kRowsTogether][kTileKeys];  // lanes
@@ -79,9 +80,8 @@ inline bool look(const KeyTile& tile, const QueryRows& rows, std::int64_t row, B
         first = least(first, block.begin[r]);
         last = most(last, block.end[r]);
     }
-    // columns in pairs, for weights are made 32 at a time
-    block.first_column = first / (2 * kColumn) * 2;
-    block.last_column = (last + 2 * kColumn - 1) / (2 * kColumn) * 2;
+    block.first = first / (2 * kColumn) * (2 * kColumn);
+    block.last = last;
     return first < last;
 }
 
@@ -95,13 +95,13 @@ inline void weigh(const KeyTile& tile, Block& block, int r) {
     float scale = p.scale * key_scale * kLog2E;
     if (p.softcap > 0.0f) {
         const __m512 inner = _mm512_set1_ps(p.scale * key_scale / p.softcap);
-        for (std::int64_t k = block.first_column * kColumn; k < end; k += kColumn)
+        for (std::int64_t k = block.first; k < end; k += kColumn)
             _mm512_store_ps(scores + k, hyperbolic_tangent(_mm512_mul_ps(_mm512_load_ps(scores + k), inner)));
         scale = p.softcap * kLog2E;
     }
     const __m512 never = _mm512_set1_ps(-__builtin_inff());
     __m512 peaks = never;
-    for (std::int64_t k = block.first_column * kColumn; k < end; k += kColumn) {
+    for (std::int64_t k = block.first; k < end; k += kColumn) {
         const __mmask16 mask = seen(k, begin, end);
         peaks = _mm512_mask_max_ps(peaks, mask, peaks, _mm512_load_ps(scores + k));
     }
@@ -109,7 +109,7 @@ inline void weigh(const KeyTile& tile, Block& block, int r) {
     const float peak = _mm512_reduce_max_ps(peaks) * scale;
     const __m512 shift = _mm512_set1_ps(-peak), factor = _mm512_set1_ps(scale);
     __m512 total = _mm512_setzero_ps();
-    for (std::int64_t k = block.first_column * kColumn; k < block.last_column * kColumn; k += 2 * kColumn) {
+    for (std::int64_t k = block.first; k < block.last; k += 2 * kColumn) {
         __m512 low = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(scores + k), factor, shift));
         __m512 high = power_of_two(_mm512_fmadd_ps(_mm512_load_ps(scores + k + kColumn), factor, shift));
         low = _mm512_maskz_mov_ps(seen(k, begin, end), low);

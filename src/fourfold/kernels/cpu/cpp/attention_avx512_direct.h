@@ -14,7 +14,7 @@ template <class S, int R>
 inline void score_direct(const AttentionProblem& p, const Rows& rows, bool first, Block& block) {
     using A = typename S::Arithmetic;
     const std::int64_t lanes = p.head_dim / A::kPer;
-    for (std::int64_t k = block.first_column * kColumn; k < block.last_column * kColumn; k += kColumn) {
+    for (std::int64_t k = block.first; k < block.last; k += kColumn) {
         if (first) fetch<S>(p, rows.keys + k + kFetchAhead);
         fetch<S>(p, rows.values + k);
         __m512 sums[R];
@@ -42,7 +42,7 @@ inline void sum_direct_columns(const AttentionProblem& p, const Rows& rows, cons
     __m512 sums[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    for (std::int64_t k = block.first_column * kColumn; k < block.last_column * kColumn; k += kPer) {
+    for (std::int64_t k = block.first; k < block.last; k += kPer) {
         if (rows.more && d == 0 && k % kColumn == 0) fetch<S>(p, rows.keys + rows.padded + k);
         for (int s = 0; s < kSteps; ++s) {
             __m512 parts[kPer];

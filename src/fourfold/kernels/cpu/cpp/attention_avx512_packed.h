@@ -54,7 +54,7 @@ inline void score_columns(const float* keys, std::int64_t lanes, const float* qu
 
 template <class A, int R, int C>
 inline void score(const float* keys, std::int64_t lanes, Block& block, std::int64_t column) {
-    for (; column + C <= block.last_column; column += C)
+    for (; (column + C - 1) * kColumn < block.last; column += C)
         score_columns<A, R, C>(keys + column * lanes * kColumn, lanes, block.query,
                                &block.scores[0][column * kColumn]);
     if constexpr (C > 1) score<A, R, C / 2>(keys, lanes, block, column);
@@ -65,7 +65,7 @@ inline void sum_columns(const float* values, std::int64_t head_dim, const Block&
     __m512 sums[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
-    const std::int64_t from = block.first_column * kColumn / A::kPer, to = block.last_column * kColumn / A::kPer;
+    const std::int64_t from = block.first / A::kPer, to = (block.last + A::kPer - 1) / A::kPer;
     for (std::int64_t k = from; k < to; ++k) {
         __m512 value[C];
         for (int c = 0; c < C; ++c) value[c] = _mm512_load_ps(values + k * head_dim + d + c * 16);
@@ -89,7 +89,7 @@ void attend_block(const KeyTile& tile, const float* packed, const QueryRows& row
     const std::int64_t head_dim = tile.problem->head_dim, lanes = head_dim / A::kPer;
     Block block;
     if (!look<A, R>(tile, rows, row, block)) return;
-    score<A, R, C>(packed, lanes, block, block.first_column);
+    score<A, R, C>(packed, lanes, block, block.first / kColumn);
     for (int r = 0; r < R; ++r) weigh<A>(tile, block, r);
     sum_values<A, R, C>(packed + kTileKeys * lanes, head_dim, block, 0);
 }
