@@ -33,7 +33,7 @@ def attend(
     isa: str = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """q float32 [T, heads, D] over ``cache`` -> ``out``, float32 [T, heads, D]; rows of no span stay as they are.
+    """q float32 [T, heads, D] over ``cache`` -> ``out``, like q; rows of no span stay as they are.
 
     spans int64 [n, 3] (row, count, start), tables int32 [n, most blocks], kv_scales float32 [2 * kv_heads].
     Raises ValueError for shapes, types and blocks that do not fit.
