@@ -91,6 +91,10 @@ Item find_item(const AttentionProblem& p, std::int64_t index) {
     }
 }
 
+unsigned char* aligned(unsigned char* memory) {
+    return memory + (64 - reinterpret_cast<std::uintptr_t>(memory) % 64) % 64;
+}
+
 struct Scratch {
     std::unique_ptr<unsigned char[]> memory;
     std::int64_t size = 0;
@@ -99,8 +103,7 @@ struct Scratch {
             memory.reset(new unsigned char[static_cast<std::size_t>(bytes) + 64]);
             size = bytes;
         }
-        auto address = reinterpret_cast<std::uintptr_t>(memory.get());
-        return memory.get() + (64 - address % 64) % 64;
+        return aligned(memory.get());
     }
 };
 thread_local Scratch t_scratch;
@@ -122,13 +125,12 @@ struct Work {
     std::int64_t row_of_q(std::int64_t row) const { return item.span->row + item.token + row / group_of(p); }
     std::int64_t head(std::int64_t row) const { return item.kv_head * group_of(p) + row % group_of(p); }
     float* part_states() const {
-        auto* states = reinterpret_cast<float*>(static_cast<unsigned char*>(p.scratch) + kCounterBytes);
-        return states + item.states * state_floats(p.head_dim);
+        return reinterpret_cast<float*>(scratch() + kCounterBytes) + item.states * state_floats(p.head_dim);
     }
     std::atomic<std::int32_t>& counter() const {
-        auto* bytes = static_cast<unsigned char*>(p.scratch) + item.split * 64;
-        return *reinterpret_cast<std::atomic<std::int32_t>*>(bytes);
+        return *reinterpret_cast<std::atomic<std::int32_t>*>(scratch() + item.split * 64);
     }
+    unsigned char* scratch() const { return aligned(static_cast<unsigned char*>(p.scratch)); }
 };
 
 void pack_queries(const Work& work, unsigned char* packed) {
@@ -233,7 +235,7 @@ void key_offsets(const KeyTile& tile, std::int64_t count, std::int64_t* offsets)
 std::int64_t attention_scratch_bytes(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim,
                                      std::int64_t longest) {
     const std::int64_t rows = kEnoughItems * std::max(kSplitRows, heads / kv_heads);
-    return kCounterBytes + rows * (longest / kTileKeys + 1) * state_floats(head_dim) * 4;
+    return 64 + kCounterBytes + rows * (longest / kTileKeys + 1) * state_floats(head_dim) * 4;
 }
 
 std::int64_t attention_items(const AttentionProblem& p) {

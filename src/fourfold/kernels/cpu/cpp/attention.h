@@ -42,7 +42,7 @@ struct AttentionProblem {
     std::int64_t window;   // 0: none
     const float* sinks;    // [heads], or null
     float* out;            // [T, heads, head_dim]
-    void* scratch;         // attention_scratch_bytes(), 64-byte aligned, zeros before its first use only
+    void* scratch;         // attention_scratch_bytes(), zeros before its first use only
     std::int64_t q_stride = 0;  // floats from one row of q to the next; 0: heads * head_dim
 };
 

@@ -98,13 +98,12 @@ void attend(nb::handle q_tensor, nb::handle cache_tensor, nb::handle span_tensor
     const std::int64_t heads = q.columns() / head_dim;
     const Spans checked(spans, tables, q.rows(), cache.rows(), block_size);
     const std::int64_t bytes = attention_scratch_bytes(heads, kv_heads, head_dim, checked.longest);
-    std::unique_ptr<void, Free> scratch(std::calloc(static_cast<std::size_t>(bytes) + 64, 1));
+    std::unique_ptr<void, Free> scratch(std::calloc(static_cast<std::size_t>(bytes), 1));
     if (!scratch) throw std::bad_alloc();
-    auto* aligned = static_cast<char*>(scratch.get()) + (64 - reinterpret_cast<std::uintptr_t>(scratch.get()) % 64);
     const AttentionProblem problem{q.data<const float>(), heads, kv_heads, head_dim, cache.data(), kv_type(cache),
                                    optional_row(kv_scales, "kv_scales", 2 * kv_heads), block_size,
                                    checked.spans.data(), static_cast<std::int64_t>(checked.spans.size()), scale,
-                                   softcap, window, optional_row(sinks, "sinks", heads), out.data<float>(), aligned};
+                                   softcap, window, optional_row(sinks, "sinks", heads), out.data<float>(), scratch.get()};
     nb::gil_scoped_release unlocked;
     const Task task{problem, isa};
     auto body = [](const void* context, std::int64_t begin, std::int64_t end) {
