@@ -16,6 +16,7 @@ from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import quantize
 from fourfold.compress.experts import parse_fused, unfuse
 from fourfold.core.errors import FourfoldError
+from fourfold.engine import Completion, Request
 from fourfold.engine.experts import MixtureOfExperts
 from fourfold.engine.layers import Linear
 from fourfold.engine.loading import ARCHITECTURES
@@ -182,6 +183,22 @@ def test_bfloat16_stays_near_transformers(built, model):
     theirs = witness_logits(witness(folder, torch.bfloat16), tokens)
     exact = witness_logits(exact, tokens)
     assert np.abs(ours - exact).mean() < 1.2 * np.abs(theirs - exact).mean()
+
+
+def test_blocks_before_the_window_are_not_read(built):
+    """Neither by a decode nor by a chunk of a prompt: what is not a number there spoils nothing."""
+    folder, reference = built("mistral", "window")
+    engine = load(folder, max_batch_tokens=16, kv_block_size=8)
+    engine.add(Request("x", prompt(90), greedy(8, logprobs=1)))
+    done = Completion(prompt(90), [], "", "length")
+    while engine.has_work:
+        for sequence in engine.scheduler.running:
+            unseen = max(0, sequence.computed - 20 + 1) // 8
+            engine.cache.data[:, list(sequence.table.blocks[:unseen])] = torch.nan
+        for output in engine.step():
+            done.extend(output)
+    assert unseen >= 9
+    follows_transformers(done, reference)
 
 
 @pytest.mark.parametrize("form", ["fp8", "mxfp4"])
