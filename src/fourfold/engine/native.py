@@ -24,9 +24,10 @@ from fourfold.engine.scheduler import Chunk
 from fourfold.formats import BlockTensor
 from fourfold.kernels import native_available, native_problem
 from fourfold.kernels.cpu.packed import PackedWeight
-from fourfold.kernels.cpu.program import Program
+from fourfold.kernels.cpu.program import Buffer, Gate, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
 
+TILE_ROWS = 16  # of a packed weight
 HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
 PACKED_FORMATS = ("mxfp4", "mxint8")
 NEAR_INT8 = (None, "mxint8", "mxfp8-e4m3", "mxfp8-e5m2")
@@ -65,7 +66,7 @@ class NativeDecoder:
             spans.extend((chunk.count, chunk.start, len(chunk.sequence.table.blocks)))
         tables = b"".join([chunk.sequence.table.blocks for chunk in chunks])
         self.program.run(tokens, spans, tables, array("i", chosen))
-        return self.program.logits[: len(chosen)], self.program.tokens[0, : len(chosen)]
+        return self.program.logits.first(len(chosen)), self.program.tokens[0, : len(chosen)]
 
     def embedded(self, token_ids: list[int]) -> np.ndarray:
         """States [T, H] before the first layer."""
@@ -77,7 +78,7 @@ class NativeDecoder:
 
     def logits_of(self, hidden: np.ndarray) -> np.ndarray:
         """Logits [T, V] of states [T, H] that have passed every layer."""
-        result = np.empty((len(hidden), self.program.logits.shape[1]), dtype=np.float32)
+        result = np.empty((len(hidden), self.program.logits.columns), dtype=np.float32)
         for start in range(0, len(hidden), self.program.rows):
             rows = slice(start, start + self.program.rows)
             self._load(hidden[rows])
@@ -86,15 +87,15 @@ class NativeDecoder:
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Logits [T, V] of a whole sequence, beside the cache that is in use."""
-        result = np.empty((len(token_ids), self.program.logits.shape[1]), dtype=np.float32)
+        result = np.empty((len(token_ids), self.program.logits.columns), dtype=np.float32)
         for rows in self._pass(token_ids, None, 0, self.marks[-1]):
             self._head(result[rows])
         return result
 
     def _states(self, token_ids: list[int], hidden: np.ndarray | None, first: int, end: int) -> np.ndarray:
-        result = np.empty((len(token_ids), self.hidden.shape[1]), dtype=np.float32)
+        result = np.empty((len(token_ids), self.hidden.columns), dtype=np.float32)
         for rows in self._pass(token_ids, hidden, first, end):
-            result[rows] = self.hidden[: len(result[rows])].numpy()
+            result[rows] = self.hidden.first(len(result[rows])).numpy()
         return result
 
     def _pass(self, token_ids: list[int], hidden: np.ndarray | None, first: int, end: int) -> Iterator[slice]:
@@ -116,7 +117,7 @@ class NativeDecoder:
             yield rows
 
     def _load(self, hidden: np.ndarray) -> None:
-        self.hidden[: len(hidden)] = torch.from_numpy(hidden)
+        self.hidden.first(len(hidden)).copy_(torch.from_numpy(hidden))
 
     def _head(self, out: np.ndarray) -> None:
         """Logits ``out`` [n, V] of the first n states."""
@@ -125,7 +126,7 @@ class NativeDecoder:
         for start in range(0, len(out), HEAD_ROWS):
             rows = array("i", range(start, min(start + HEAD_ROWS, len(out))))
             self.program.run(tokens, spans, array("i", bytes(4 * spans[2])), rows, first=self.marks[-1])
-            out[start : start + len(rows)] = self.program.logits[: len(rows)].numpy()
+            out[start : start + len(rows)] = self.program.logits.first(len(rows)).numpy()
 
 
 class _Recording:
@@ -136,9 +137,10 @@ class _Recording:
         self.shape, self.x, self.arithmetic = model.shape, target.hidden, target.arithmetic
         shape = self.shape
         self.qkv = self.program.buffer((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
-        self.attended = self.program.buffer(shape.heads * shape.head_dim)
-        self.added: Tensor | None = None
-        self.gate_up = self.program.buffer(2 * shape.intermediate)
+        self.attended = self.program.buffer(shape.heads * shape.head_dim, close=True)
+        self.gated = self.program.buffer(shape.intermediate)
+        self.gate_up: Buffer | None = None  # made where they are needed
+        self.added: Buffer | None = None
         self.angles = [self.program.buffer(shape.head_dim) for _ in model.rotaries]
 
     def record(self) -> None:
@@ -153,16 +155,16 @@ class _Recording:
             self.attention(layer, index)
             self.mlp(layer)
         self.target.marks.append(len(program))
-        self.norm(model.norm, inputs, chosen=True)
+        program.prepared(self.x, inputs, norm_of(model.norm), chosen=True)
         if tied:
             model.embedding = torch.empty(0)
         program.head(head, self.arithmetic_of(head), model.logit_softcap or 0.0)
 
     def attention(self, layer: Layer, index: int) -> None:
         shape, attention, program = self.shape, layer.attention, self.program
-        self.norm(layer.attention_norm, self.inputs(attention.qkv))
+        program.prepared(self.x, self.inputs(attention.qkv), norm_of(layer.attention_norm))
         self.linear(attention.qkv, self.qkv)
-        form = self.target.form
+        form, scoring = self.target.form, attention.scoring
         kind, scales = KV_TYPES[form.stored_dtype], None
         if isinstance(form, Fp8) and form.scales is not None:
             scales = program.row(form.scales[index])
@@ -170,41 +172,40 @@ class _Recording:
         norm, floor = attention.qk_norm, shape.eps * shape.head_dim
         if norm is not None:
             norm = program.keep((norm.float() * shape.head_dim**0.5).contiguous())
-        native = program.native
-        scoring = attention.scoring
-        sinks = (
-            None if scoring.sinks is None else program.keep(scoring.sinks.float().contiguous()).view(1, -1)
-        )
-        native.heads(self.qkv, *heads, self.angles[attention.rotary], norm, floor, index, kind, scales)
+        sinks = None if scoring.sinks is None else program.row(scoring.sinks)
+        native, angles = program.native, self.angles[attention.rotary]
+        native.heads(self.qkv.data, *heads, angles.data, norm, floor, index, kind, scales)
         native.attention(
-            self.qkv, *heads, self.attended, index, kind, scales,
+            self.qkv.data, *heads, self.attended.data, index, kind, scales,
             scoring.scale, scoring.softcap or 0.0, scoring.window or 0, sinks, shape.max_positions,
         )  # fmt: skip
         program.prepared(self.attended, self.inputs(attention.output))
         self.add(attention.output, layer.attention_post_norm)
 
     def mlp(self, layer: Layer) -> None:
-        mlp = layer.mlp
+        mlp, program = layer.mlp, self.program
         assert isinstance(mlp, GatedMLP)
-        self.norm(layer.mlp_norm, self.inputs(mlp.gate_up))
-        self.linear(mlp.gate_up, self.gate_up)
-        gating = mlp.gating
-        self.program.gated(self.gate_up, gating.kind, gating.alpha, gating.limit, self.inputs(mlp.down))
+        gate = Gate(mlp.gating.kind, mlp.gating.alpha, mlp.gating.limit)
+        program.prepared(self.x, self.inputs(mlp.gate_up), norm_of(layer.mlp_norm))
+        if isinstance(mlp.gate_up, Linear) and self.gated.columns % TILE_ROWS == 0:
+            packed = self.pack(mlp.gate_up)
+            program.gated_linear(packed, self.arithmetic_of(packed), gate, self.gated)
+        else:
+            self.gate_up = self.gate_up or program.buffer(2 * self.gated.columns)
+            self.linear(mlp.gate_up, self.gate_up)
+            program.gated(self.gate_up, gate, self.gated)
+        program.prepared(self.gated, self.inputs(mlp.down))
         self.add(mlp.down, layer.mlp_post_norm)
-
-    def norm(self, norm: RMSNorm, inputs: set[str], chosen: bool = False) -> None:
-        self.program.normed(self.x, norm.weight, float(norm.floor) ** 2, inputs, chosen)
 
     def add(self, linear: Linear, norm: RMSNorm | None) -> None:
         """What ``linear`` makes, perhaps normed, is added to the states."""
         if norm is None:
             return self.linear(linear, self.x, accumulate=True)
-        if self.added is None:
-            self.added = self.program.buffer(self.shape.hidden)
+        self.added = self.added or self.program.buffer(self.shape.hidden)
         self.linear(linear, self.added)
-        self.program.add_normed(self.added, norm.weight, float(norm.floor) ** 2, self.x)
+        self.program.add_normed(self.added, norm_of(norm), self.x)
 
-    def linear(self, linear: Linear | FusedLinear, out: Tensor, accumulate: bool = False) -> None:
+    def linear(self, linear: Linear | FusedLinear, out: Buffer, accumulate: bool = False) -> None:
         column = 0
         for part in parts_of(linear):
             packed = self.pack(part)
@@ -281,6 +282,11 @@ def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
 def in_blocks(linear: Linear) -> bool:
     """Whether the program holds the weight in blocks too; others become bfloat16."""
     return isinstance(linear.weight, BlockTensor) and linear.weight.format in PACKED_FORMATS
+
+
+def norm_of(norm: RMSNorm) -> Norm:
+    """``norm`` as programs take it."""
+    return norm.weight, float(norm.floor) ** 2
 
 
 def parts_of(linear: Linear | FusedLinear) -> Seq[Linear]:

@@ -66,7 +66,7 @@ class Program:
         n: int,
         norm: Tensor | None = None,
         floor: float = 0.0,
-        gate: str = "",
+        kind: str = "",
         alpha: float = 1.0,
         limit: float = 0.0,
         prepared: list[tuple[str, Tensor]] = ...,
@@ -83,6 +83,15 @@ class Program:
         out: Tensor,
         column: int = 0,
         accumulate: bool = False,
+    ) -> None: ...
+    def gated(
+        self,
+        weight: object,
+        input: tuple[str, Tensor],
+        out: Tensor,
+        gate: str,
+        alpha: float,
+        limit: float,
     ) -> None: ...
     def logits(
         self, weight: object, input: tuple[str, Tensor], out: Tensor, tokens: Tensor, cap: float

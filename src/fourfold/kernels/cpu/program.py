@@ -8,6 +8,7 @@ sizes are fixed, and the longest step decides how much memory the buffers take, 
 
 from array import array
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,33 @@ from torch import Tensor
 from fourfold.kernels.cpu import native
 from fourfold.kernels.cpu.packed import PackedWeight
 
-Memory = tuple[str, Tensor]
+LINE = 16  # values
+Norm = tuple[Tensor, float]
+"""Weight and floor: x * weight / sqrt(|x|^2 + floor); for an RMS norm, w * sqrt(n) and n * eps."""
 NO_INTEGERS = array("i")
+
+
+class Buffer(NamedTuple):
+    """Rows of float32, ``columns`` wide. Those of ``data`` may be wider: an odd number of cache lines, so
+    that equal columns of many rows do not share the sets of a cache.
+    """
+
+    data: Tensor
+    columns: int
+
+    def first(self, rows: int) -> Tensor:
+        """The first ``rows``, as they are: [rows, columns]."""
+        return self.data[:rows, : self.columns]
+
+
+class Gate(NamedTuple):
+    """What an MLP makes of gate g and up u: silu(g) u, gelu(g) u by tanh (``gelu-tanh``), or, with g at most
+    and u within +-``limit``, g sigmoid(``alpha`` g) (u + 1) (``clamped-swish``).
+    """
+
+    kind: str
+    alpha: float
+    limit: float
 
 
 class Program:
@@ -30,68 +56,76 @@ class Program:
         assert native is not None, "programs need the C++ extension"
         self.rows = rows
         self.native = native.Program(rows, rows, vocabulary)
-        self.logits = torch.empty(rows, vocabulary)
+        self._kept: list[object] = []
+        self.logits = self.buffer(vocabulary)
         self.tokens = torch.zeros(1, rows, dtype=torch.int32)
         self._memory = {
             name: torch.empty(1, self.native.prepared_bytes(name, rows, widest_input), dtype=torch.uint8)
             for name in ("int8", "exact")
         }
-        self._kept: list[object] = [self._memory]
 
     def __len__(self) -> int:
         return len(self.native)
 
-    def buffer(self, columns: int) -> Tensor:
-        """A new float32 matrix [rows, columns]."""
-        return self.keep(torch.empty(self.rows, columns))
+    def buffer(self, columns: int, close: bool = False) -> Buffer:
+        """A new buffer of as many rows as a step may have; ``close``: with nothing between them."""
+        width = columns if close else (-(-columns // LINE) | 1) * LINE
+        return Buffer(self.keep(torch.empty(self.rows, width)), columns)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """``tensor``, alive as long as the program."""
         self._kept.append(tensor)
         return tensor
 
-    def embed(self, table: Tensor | PackedWeight, scale: float, out: Tensor) -> None:
+    def row(self, vector: Tensor) -> Tensor:
+        """``vector`` as a float32 matrix of one row, kept."""
+        return self.keep(vector.float().contiguous()).view(1, -1)
+
+    def embed(self, table: Tensor | PackedWeight, scale: float, out: Buffer) -> None:
         """Out = scale * the rows of ``table`` that the step's tokens name."""
         self._kept.append(table)
-        self.native.embed(table, scale, out)
+        self.native.embed(table, scale, out.data)
 
-    def angles(self, speeds: Tensor, scale: float, out: Tensor) -> None:
+    def angles(self, speeds: Tensor, scale: float, out: Buffer) -> None:
         """Out [rows, 2 * speeds] = cosines, then sines, of position * speed; times ``scale``."""
-        self.native.angles(speeds.tolist(), scale, out)
+        self.native.angles(speeds.tolist(), scale, out.data)
 
-    def normed(self, x: Tensor, weight: Tensor, floor: float, inputs: Iterable[str], chosen: bool = False):
-        """x * weight / sqrt(|x|^2 + floor), of all rows or the chosen, as linear layers' input."""
-        memory = self.memory(inputs)
-        self.native.rows(x, x.shape[1], norm=self.row(weight), floor=floor, prepared=memory, chosen=chosen)
+    def prepared(
+        self, x: Buffer, inputs: Iterable[str], norm: Norm | None = None, chosen: bool = False
+    ) -> None:
+        """``x``, perhaps normed, of all rows or the chosen, as the input of linear layers of arithmetics."""
+        weight, floor = (None, 0.0) if norm is None else (self.row(norm[0]), norm[1])
+        memory = [(name, self._memory[name]) for name in sorted(set(inputs))]
+        self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, chosen=chosen)
 
-    def gated(self, x: Tensor, gate: str, alpha: float, limit: float, inputs: Iterable[str]) -> None:
-        """What ``gate`` (silu, gelu-tanh or clamped-swish) makes of x [rows, gate and up], as input."""
-        memory = self.memory(inputs)
-        self.native.rows(x, x.shape[1] // 2, gate=gate, alpha=alpha, limit=limit, prepared=memory)
+    def gated(self, x: Buffer, gate: Gate, out: Buffer) -> None:
+        """Out = what ``gate`` makes of x [rows, gates, then ups]."""
+        self.native.rows(x.data, out.columns, **gate._asdict(), out=out.data)
 
-    def add_normed(self, x: Tensor, weight: Tensor, floor: float, out: Tensor) -> None:
-        """Out += x * weight / sqrt(|x|^2 + floor)."""
-        self.native.rows(x, x.shape[1], norm=self.row(weight), floor=floor, out=out, accumulate=True)
-
-    def prepared(self, x: Tensor, inputs: Iterable[str]) -> None:
-        """``x`` as linear layers' input."""
-        self.native.rows(x, x.shape[1], prepared=self.memory(inputs))
+    def add_normed(self, x: Buffer, norm: Norm, out: Buffer) -> None:
+        """Out += x, normed."""
+        weight = self.row(norm[0])
+        self.native.rows(x.data, x.columns, norm=weight, floor=norm[1], out=out.data, accumulate=True)
 
     def linear(
-        self, w: PackedWeight, arithmetic: str, out: Tensor, column: int = 0, accumulate: bool = False
+        self, w: PackedWeight, arithmetic: str, out: Buffer, column: int = 0, accumulate: bool = False
     ) -> None:
         """``out`` from ``column`` on = (or +=) what was prepared last times ``w`` transposed, plus bias."""
         self._kept.append(w)
-        self.native.linear(w, (arithmetic, self._memory[arithmetic]), out, column, accumulate)
+        self.native.linear(w, (arithmetic, self._memory[arithmetic]), out.data, column, accumulate)
+
+    def gated_linear(self, w: PackedWeight, arithmetic: str, gate: Gate, out: Buffer) -> None:
+        """``out`` = what ``gate`` makes of the two halves of what was prepared times ``w``, plus bias.
+
+        Each half of ``w`` is whole tiles of 16 rows.
+        """
+        self._kept.append(w)
+        self.native.gated(w, (arithmetic, self._memory[arithmetic]), out.data, *gate)
 
     def head(self, w: PackedWeight, arithmetic: str, cap: float) -> None:
         """``logits`` of the chosen rows, c tanh(logits / c) for a ``cap`` c above 0; and ``tokens``."""
         self._kept.append(w)
-        self.native.logits(w, (arithmetic, self._memory[arithmetic]), self.logits, self.tokens, cap)
-
-    def memory(self, inputs: Iterable[str]) -> list[Memory]:
-        """Where the inputs of layers of these arithmetics are prepared."""
-        return [(name, self._memory[name]) for name in sorted(set(inputs))]
+        self.native.logits(w, (arithmetic, self._memory[arithmetic]), self.logits.data, self.tokens, cap)
 
     def run(
         self,
@@ -108,7 +142,3 @@ class Program:
         blocks of ``tables`` are its. Raises ValueError for what does not fit.
         """
         self.native.run(first, len(self.native) if end is None else end, tokens, spans, tables, chosen)
-
-    def row(self, vector: Tensor) -> Tensor:
-        """``vector`` as a float32 matrix of one row, kept."""
-        return self.keep(vector.float().contiguous()).view(1, -1)

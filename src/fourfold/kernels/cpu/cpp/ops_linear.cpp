@@ -22,43 +22,61 @@ std::int64_t tile_ns(const PackedWeight& w, Arithmetic arithmetic, std::int64_t 
 
 }  // namespace
 
+Linear::Linear(LinearPath path)
+    : path_(path), tiles_(packed_tiles(path.weight.n) / (path.sink == Sink::gate ? 2 : 1)) {}
+
 std::int64_t Linear::chunks(const Step& step) {
     rows_ = path_.head ? step.chosen_rows : step.rows;
-    const std::int64_t tiles = packed_tiles(path_.weight.n);
     const std::int64_t together = std::min(rows_, kRowsTogether);
-    const std::int64_t fair = divide_up(tiles, kChunksPerThread * threads());
-    const std::int64_t worth = kChunkNs / tile_ns(path_.weight, path_.input.arithmetic, together);
+    const std::int64_t cost = tile_ns(path_.weight, path_.input.arithmetic, together) * (path_.sink == Sink::gate ? 2 : 1);
+    const std::int64_t fair = divide_up(tiles_, kChunksPerThread * threads());
     const std::int64_t most = kScratchValues / kTileRows / std::max<std::int64_t>(1, together);
-    grain_ = std::max<std::int64_t>(1, std::min({std::max(fair, worth), divide_up(tiles, threads()), most}));
-    ranges_ = divide_up(tiles, grain_);
+    const std::int64_t wanted = std::max(fair, kChunkNs / cost);
+    grain_ = std::max<std::int64_t>(1, std::min({wanted, divide_up(tiles_, threads()), most}));
+    ranges_ = divide_up(tiles_, grain_);
     return divide_up(rows_, kRowsTogether) * ranges_;
 }
 
 void Linear::run(const Step&, std::int64_t chunk, void* scratch) {
-    const std::int64_t row = chunk / ranges_ * kRowsTogether, begin = chunk % ranges_ * grain_;
-    const std::int64_t end = std::min(begin + grain_, packed_tiles(path_.weight.n));
-    const std::int64_t rows = std::min(kRowsTogether, rows_ - row);
-    compute(row, rows, begin, end, static_cast<float*>(scratch));
-    computed(row, rows, begin, end);
+    Piece piece;
+    piece.row = chunk / ranges_ * kRowsTogether;
+    piece.rows = std::min(kRowsTogether, rows_ - piece.row);
+    piece.begin = chunk % ranges_ * grain_;
+    piece.end = std::min(piece.begin + grain_, tiles_);
+    const Prepared& input = path_.input;
+    piece.x = input.memory + prepared_bytes(input.arithmetic, piece.row, input.k);
+    if (path_.sink == Sink::add) add(piece, static_cast<float*>(scratch));
+    else if (path_.sink == Sink::gate) gate(piece, static_cast<float*>(scratch));
+    else multiply(piece, 0, path_.out.row(piece.row), path_.out.stride);
+    computed(piece.row, piece.rows, piece.begin, piece.end);
 }
 
-void Linear::compute(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end, float* scratch) {
-    const Prepared& input = path_.input;
-    const char* x = input.memory + prepared_bytes(input.arithmetic, row, input.k);
-    if (!path_.add) {
-        linear(path_.weight, input.arithmetic, x, rows, path_.out.row(row), path_.out.stride, begin, end);
-        return;
-    }
-    // `linear` counts columns from the weight's first
-    const std::int64_t first = begin * kTileRows, stride = (end - begin) * kTileRows;
+// The piece's tiles, counted from tile `tile` of the weight on, into columns of `out` as they are counted there.
+void Linear::multiply(const Piece& piece, std::int64_t tile, float* out, std::int64_t stride) const {
+    linear(path_.weight, path_.input.arithmetic, piece.x, piece.rows, out - tile * kTileRows, stride, tile + piece.begin,
+           tile + piece.end);
+}
+
+void Linear::add(const Piece& piece, float* scratch) const {
+    const std::int64_t first = piece.begin * kTileRows, stride = (piece.end - piece.begin) * kTileRows;
     const std::int64_t columns = std::min(stride, path_.weight.n - first);
-    linear(path_.weight, input.arithmetic, x, rows, scratch - first, stride, begin, end);
-    for (std::int64_t i = 0; i < rows; ++i) add_row(scratch + i * stride, columns, path_.out.row(row + i) + first);
+    multiply(piece, 0, scratch - first, stride);
+    for (std::int64_t i = 0; i < piece.rows; ++i)
+        add_row(scratch + i * stride, columns, path_.out.row(piece.row + i) + first);
+}
+
+void Linear::gate(const Piece& piece, float* scratch) const {
+    const std::int64_t first = piece.begin * kTileRows, columns = (piece.end - piece.begin) * kTileRows;
+    float* up = scratch + kScratchValues;
+    multiply(piece, 0, scratch - first, columns);
+    multiply(piece, tiles_, up - first, columns);
+    for (std::int64_t i = 0; i < piece.rows; ++i)
+        gate_row(path_.gate, scratch + i * columns, up + i * columns, columns, path_.out.row(piece.row + i) + first);
 }
 
 void Linear::computed(std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
 
-std::int64_t Linear::scratch_bytes() const { return path_.add ? kScratchValues * 4 : 0; }
+std::int64_t Linear::scratch_bytes() const { return path_.sink == Sink::store ? 0 : 2 * kScratchValues * 4; }
 
 Logits::Logits(LinearPath path, std::int64_t most_rows, float cap)
     : Linear(path), cap_(cap), best_(new std::int32_t[static_cast<std::size_t>(most_rows * packed_tiles(path.weight.n))]) {}

@@ -9,17 +9,21 @@
 
 namespace fourfold {
 
+// What becomes of a product: it is stored, added to what stands there, or its first half gates its second.
+enum class Sink { store, add, gate };
+
 struct LinearPath {
     PackedWeight weight;
     Prepared input;
-    Rows out;          // from the first of the weight's columns on
-    bool add = false;  // to what stands in `out`
-    bool head = false; // over as many rows as are chosen
+    Rows out;  // from the first of the weight's columns on
+    Sink sink = Sink::store;
+    Gate gate{};
+    bool head = false;  // over as many rows as are chosen
 };
 
 class Linear : public Op {
 public:
-    explicit Linear(LinearPath path) : path_(path) {}
+    explicit Linear(LinearPath path);
     std::int64_t chunks(const Step& step) override;
     void run(const Step& step, std::int64_t chunk, void* scratch) override;
     std::int64_t scratch_bytes() const override;
@@ -28,10 +32,17 @@ protected:
     // Rows [row, row + rows) times tiles [begin, end) are in `out`.
     virtual void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end);
     const LinearPath path_;
+    const std::int64_t tiles_;  // of out: half the weight's where it gates itself
     std::int64_t rows_ = 0, grain_ = 1, ranges_ = 1;  // of the step: rows; tiles of a chunk; ranges of tiles
 
 private:
-    void compute(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end, float* scratch);
+    struct Piece {
+        std::int64_t row, rows, begin, end;  // rows of the step, tiles of out
+        const char* x;
+    };
+    void multiply(const Piece& piece, std::int64_t tile, float* out, std::int64_t stride) const;
+    void add(const Piece& piece, float* scratch) const;
+    void gate(const Piece& piece, float* scratch) const;
 };
 
 // A head that remembers each range's largest logit, and the operation that takes the largest of those.

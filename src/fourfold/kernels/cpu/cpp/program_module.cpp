@@ -138,11 +138,21 @@ public:
     }
 
     void linear(nb::handle weight, const Memory& input, nb::handle out, std::int64_t column, bool accumulate) {
-        add<Linear>(linear_path(weight, input, out, column, accumulate, rows_));
+        LinearPath path = linear_path(weight, input, out, column, rows_);
+        path.sink = accumulate ? Sink::add : Sink::store;
+        add<Linear>(path);
+    }
+
+    void gated(nb::handle weight, const Memory& input, nb::handle out, const std::string& gate, float alpha, float limit) {
+        LinearPath path = linear_path(weight, input, out, 0, rows_, 2);
+        if (path.weight.n % (2 * kTileRows)) throw nb::value_error("gate and up must be whole tiles");
+        path.sink = Sink::gate;
+        path.gate = {activation_of(gate), alpha, limit};
+        add<Linear>(path);
     }
 
     void logits(nb::handle weight, const Memory& input, nb::handle out, nb::handle tokens, float cap) {
-        LinearPath path = linear_path(weight, input, out, 0, false, chosen_);
+        LinearPath path = linear_path(weight, input, out, 0, chosen_);
         path.head = true;
         Matrix chosen(tokens, "tokens", true);
         if (chosen.dtype() != nb::dtype<std::int32_t>() || chosen.columns() < chosen_) chosen.fail("is no room for tokens");
@@ -196,14 +206,13 @@ private:
         return static_cast<T&>(program_.add(std::make_unique<T>(std::forward<Args>(args)...)));
     }
 
-    LinearPath linear_path(nb::handle weight, const Memory& input, nb::handle out, std::int64_t column, bool accumulate,
-                           std::int64_t rows) {
+    LinearPath linear_path(nb::handle weight, const Memory& input, nb::handle out, std::int64_t column, std::int64_t rows,
+                           std::int64_t gated = 1) {
         LinearPath path;
         path.weight = weight_of(weight);
         path.input = prepared_of(input, rows, path.weight.k);
-        path.out = rows_of(out, "out", rows, column + path.weight.n);
+        path.out = rows_of(out, "out", rows, column + path.weight.n / gated);
         path.out.data += column;
-        path.add = accumulate;
         return path;
     }
 
@@ -230,9 +239,10 @@ void bind_program(nb::module_& module) {
         .def_static("prepared_bytes", &Recorder::prepared_size, "arithmetic"_a, "rows"_a, "k"_a)
         .def("embed", &Recorder::embed, "table"_a, "scale"_a, "out"_a)
         .def("angles", &Recorder::angles, "speeds"_a, "scale"_a, "out"_a)
-        .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "gate"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
+        .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "kind"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
              "prepared"_a = std::vector<Memory>(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false)
         .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
+        .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
         .def("logits", &Recorder::logits, "weight"_a, "input"_a, "out"_a, "tokens"_a, "cap"_a)
         .def("heads", &Recorder::heads, "qkv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "angles"_a, "norm"_a.none(), "floor"_a,
              "layer"_a, "kv_type"_a, "kv_scales"_a.none())
