@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.decoder import Decoder, Layer
+from fourfold.engine.experts import MixtureOfExperts
 from fourfold.engine.kv_cache import KVCache
 from fourfold.engine.kv_format import AsComputed, Fp8, KVFormat
-from fourfold.engine.layers import FusedLinear, GatedMLP, Linear, RMSNorm
+from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
 from fourfold.engine.requests import ArithmeticName, EngineConfig
 from fourfold.engine.scheduler import Chunk
 from fourfold.formats import BlockTensor
 from fourfold.kernels import native_available, native_problem
 from fourfold.kernels.cpu.packed import PackedWeight
-from fourfold.kernels.cpu.program import Buffer, Gate, Norm, Program
+from fourfold.kernels.cpu.program import Buffer, Gate, Mixture, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
 
 TILE_ROWS = 16  # of a packed weight
@@ -184,7 +185,8 @@ class _Recording:
 
     def mlp(self, layer: Layer) -> None:
         mlp, program = layer.mlp, self.program
-        assert isinstance(mlp, GatedMLP)
+        if isinstance(mlp, MixtureOfExperts):
+            return self.mixture(layer, mlp)
         gate = Gate(mlp.gating.kind, mlp.gating.alpha, mlp.gating.limit)
         program.prepared(self.x, self.inputs(mlp.gate_up), norm_of(layer.mlp_norm))
         if isinstance(mlp.gate_up, Linear) and self.gated.columns % TILE_ROWS == 0:
@@ -196,6 +198,25 @@ class _Recording:
             program.gated(self.gate_up, gate, self.gated)
         program.prepared(self.gated, self.inputs(mlp.down))
         self.add(mlp.down, layer.mlp_post_norm)
+
+    def mixture(self, layer: Layer, mlp: MixtureOfExperts) -> None:
+        first = mlp.experts[0]
+        gating, width = first.gating, first.down.weight.shape[1]
+        arithmetic = self.arithmetic if in_blocks(first.down) else "exact"
+        router = mlp.router.weight
+        assert isinstance(router, Tensor)
+        mixture = Mixture(
+            norm_of(layer.mlp_norm), router, mlp.router.bias,
+            [self.pack(part) for expert in mlp.experts for part in parts_of(expert.gate_up)],
+            [self.pack(expert.down) for expert in mlp.experts],
+            width, mlp.top_k, mlp.among_chosen,
+            Gate(gating.kind, gating.alpha, gating.limit), arithmetic,
+        )  # fmt: skip
+        if layer.mlp_post_norm is None:
+            return self.program.mixture(self.x, mixture, self.x, accumulate=True)
+        self.added = self.added or self.program.buffer(self.shape.hidden)
+        self.program.mixture(self.x, mixture, self.added, accumulate=False)
+        self.program.add_normed(self.added, norm_of(layer.mlp_post_norm), self.x)
 
     def add(self, linear: Linear, norm: RMSNorm | None) -> None:
         """What ``linear`` makes, perhaps normed, is added to the states."""
@@ -251,16 +272,38 @@ def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None
     if model.shape.head_dim % 16:
         return f"heads of {model.shape.head_dim} features are no multiple of 16"
     for layer in model.layers:
-        if type(layer.mlp) is not GatedMLP:
-            return "the model has experts"
-        for linear in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
-            for part in parts_of(linear):
-                if problem := linear_obstacle(part, config.arithmetic):
-                    return problem
+        mlp = layer.mlp
+        linears = [layer.attention.qkv, layer.attention.output]
+        if isinstance(mlp, MixtureOfExperts):
+            if problem := mixture_obstacle(mlp):
+                return problem
+            linears += [linear for expert in mlp.experts for linear in (expert.gate_up, expert.down)]
+        else:
+            linears += [mlp.gate_up, mlp.down]
+        for part in (part for linear in linears for part in parts_of(linear)):
+            if problem := linear_obstacle(part, config.arithmetic):
+                return problem
     head = model.head.weight
     if isinstance(head, BlockTensor) and not exact_in_bfloat16(head.format):
         return f"the head is in {head.format}"
     return inputs_obstacle(model.head, config.arithmetic)
+
+
+def mixture_obstacle(mixture: MixtureOfExperts) -> str | None:
+    """Why the experts cannot be computed together, or None."""
+    if not isinstance(mixture.router.weight, Tensor):
+        return "the router is quantized"
+    kinds = {
+        part.weight.format if isinstance(part.weight, BlockTensor) else None
+        for expert in mixture.experts
+        for linear in (expert.gate_up, expert.down)
+        for part in parts_of(linear)
+    }
+    fused = all(isinstance(expert.gate_up, Linear) for expert in mixture.experts)
+    if len(kinds) > 1 or not fused:
+        return "experts are in different formats"
+    width = mixture.experts[0].down.weight.shape[1]
+    return f"experts are {width} wide, no multiple of {TILE_ROWS}" if width % TILE_ROWS else None
 
 
 def linear_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:

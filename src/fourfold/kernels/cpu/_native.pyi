@@ -73,9 +73,24 @@ class Program:
         out: Tensor | None = None,
         accumulate: bool = False,
         chosen: bool = False,
+        each: int = 1,
     ) -> None:
-        """x [rows, n] (gated: [rows, 2 n]) is chosen, gated, normed; then prepared, stored or added."""
+        """x [rows * each, n] (gated: 2 n) is chosen, gated, normed; then prepared, stored or added."""
 
+    def route(
+        self, x: Tensor, n: int, weight: Tensor, bias: Tensor | None, top_k: int, among_chosen: bool
+    ) -> None: ...
+    def gather(self, source: tuple[str, Tensor], target: tuple[str, Tensor], k: int) -> None: ...
+    def experts(
+        self,
+        weights: list,
+        input: tuple[str, Tensor],
+        out: Tensor,
+        gate: str,
+        alpha: float,
+        limit: float,
+    ) -> None: ...
+    def combine(self, x: Tensor, n: int, out: Tensor, accumulate: bool) -> None: ...
     def linear(
         self,
         weight: object,

@@ -45,6 +45,25 @@ class Gate(NamedTuple):
     limit: float
 
 
+class Mixture(NamedTuple):
+    """A mixture of experts: ``top_k`` of them for each row, by ``router`` float32 [experts, columns].
+
+    ``gate_up`` [2 width, columns] and ``down`` [columns, width] of every expert are all of one kind.
+    ``among_chosen``: shares are the softmax over the chosen, or else over all.
+    """
+
+    norm: Norm
+    router: Tensor
+    router_bias: Tensor | None
+    gate_up: list[PackedWeight]
+    down: list[PackedWeight]
+    width: int
+    top_k: int
+    among_chosen: bool
+    gate: Gate
+    arithmetic: str
+
+
 class Program:
     """``rows`` tokens fit in a step, and those that are chosen go through the head.
 
@@ -57,6 +76,7 @@ class Program:
         self.rows = rows
         self.native = native.Program(rows, rows, vocabulary)
         self._kept: list[object] = []
+        self._mixtures: dict[tuple, tuple[dict[str, Buffer], Tensor]] = {}
         self.logits = self.buffer(vocabulary)
         self.tokens = torch.zeros(1, rows, dtype=torch.int32)
         self._memory = {
@@ -67,10 +87,10 @@ class Program:
     def __len__(self) -> int:
         return len(self.native)
 
-    def buffer(self, columns: int, close: bool = False) -> Buffer:
+    def buffer(self, columns: int, close: bool = False, rows: int | None = None) -> Buffer:
         """A new buffer of as many rows as a step may have; ``close``: with nothing between them."""
         width = columns if close else (-(-columns // LINE) | 1) * LINE
-        return Buffer(self.keep(torch.empty(self.rows, width)), columns)
+        return Buffer(self.keep(torch.empty(rows or self.rows, width)), columns)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """``tensor``, alive as long as the program."""
@@ -121,6 +141,39 @@ class Program:
         """
         self._kept.append(w)
         self.native.gated(w, (arithmetic, self._memory[arithmetic]), out.data, *gate)
+
+    def mixture(self, x: Buffer, mixture: "Mixture", out: Buffer, accumulate: bool) -> None:
+        """``out`` = (or +=) the shares of each row's experts, by a float32 router over the normed ``x``."""
+        m, arithmetic, native = mixture, mixture.arithmetic, self.native
+        slots, narrow = self._mixture_buffers(x.columns, m)
+        normed, prepared = slots["normed"], (arithmetic, self._memory[arithmetic])
+        native.rows(
+            x.data, x.columns, norm=self.row(m.norm[0]), floor=m.norm[1], prepared=[prepared], out=normed.data
+        )
+        bias = None if m.router_bias is None else self.row(m.router_bias)
+        router = self.keep(m.router.float().contiguous())
+        native.route(normed.data, x.columns, router, bias, m.top_k, m.among_chosen)
+        gathered = (arithmetic, narrow)
+        native.gather(prepared, gathered, x.columns)
+        native.experts(m.gate_up, gathered, slots["gated"].data, *m.gate)
+        native.rows(slots["gated"].data, m.width, prepared=[gathered], each=m.top_k)
+        native.experts(m.down, gathered, slots["made"].data, "", 0.0, 0.0)
+        native.combine(slots["made"].data, x.columns, out.data, accumulate)
+        self._kept += [m.gate_up, m.down]
+
+    def _mixture_buffers(self, columns: int, m: "Mixture") -> tuple[dict[str, Buffer], Tensor]:
+        """Buffers that all layers of such mixtures share, and memory for slots' prepared rows."""
+        key = (columns, m.width, m.top_k, m.arithmetic)
+        if key not in self._mixtures:
+            slots = self.rows * m.top_k
+            memory = self.native.prepared_bytes(m.arithmetic, slots, max(columns, m.width))
+            buffers = {
+                "normed": self.buffer(columns),
+                "gated": self.buffer(m.width, rows=slots),
+                "made": self.buffer(columns, rows=slots),
+            }
+            self._mixtures[key] = buffers, self.keep(torch.empty(1, memory, dtype=torch.uint8))
+        return self._mixtures[key]
 
     def head(self, w: PackedWeight, arithmetic: str, cap: float) -> None:
         """``logits`` of the chosen rows, c tanh(logits / c) for a ``cap`` c above 0; and ``tokens``."""

@@ -42,7 +42,8 @@ public:
 // Operations on rows, one after the other: `cost` is nanoseconds a row, roughly.
 class RowOp : public Op {
 public:
-    RowOp(std::int64_t cost, bool head) : head_(head), together_(cost < kChunkCost ? kChunkCost / cost : 1) {}
+    RowOp(std::int64_t cost, bool head, std::int64_t each = 1)
+        : head_(head), each_(each), together_(cost < kChunkCost ? kChunkCost / cost : 1) {}
     std::int64_t chunks(const Step& step) override { return (count(step) + together_ - 1) / together_; }
     void run(const Step& step, std::int64_t chunk, void* scratch) override {
         const std::int64_t begin = chunk * together_, end = begin + together_;
@@ -51,8 +52,9 @@ public:
 
 protected:
     virtual void rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) = 0;
-    std::int64_t count(const Step& step) const { return head_ ? step.chosen_rows : step.rows; }
+    std::int64_t count(const Step& step) const { return (head_ ? step.chosen_rows : step.rows) * each_; }
     const bool head_;  // among the chosen rows rather than all
+    const std::int64_t each_;  // rows for each token
 
 private:
     static constexpr std::int64_t kChunkCost = 2000;

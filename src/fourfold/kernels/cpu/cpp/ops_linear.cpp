@@ -7,7 +7,6 @@
 namespace fourfold {
 namespace {
 
-constexpr std::int64_t kRowsTogether = 128;      // their prepared input stays in the second-level cache
 constexpr std::int64_t kScratchValues = 1 << 15; // sums of a chunk that are added to what is there
 constexpr std::int64_t kChunkNs = 2000;
 constexpr std::int64_t kChunksPerThread = 8;
@@ -27,24 +26,25 @@ Linear::Linear(LinearPath path)
 
 std::int64_t Linear::chunks(const Step& step) {
     rows_ = path_.head ? step.chosen_rows : step.rows;
-    const std::int64_t together = std::min(rows_, kRowsTogether);
+    cut(std::min(rows_, kRowsTogether));
+    return divide_up(rows_, kRowsTogether) * ranges_;
+}
+
+void Linear::cut(std::int64_t together) {
     const std::int64_t cost = tile_ns(path_.weight, path_.input.arithmetic, together) * (path_.sink == Sink::gate ? 2 : 1);
     const std::int64_t fair = divide_up(tiles_, kChunksPerThread * threads());
     const std::int64_t most = kScratchValues / kTileRows / std::max<std::int64_t>(1, together);
     const std::int64_t wanted = std::max(fair, kChunkNs / cost);
     grain_ = std::max<std::int64_t>(1, std::min({wanted, divide_up(tiles_, threads()), most}));
     ranges_ = divide_up(tiles_, grain_);
-    return divide_up(rows_, kRowsTogether) * ranges_;
 }
 
 void Linear::run(const Step&, std::int64_t chunk, void* scratch) {
-    Piece piece;
-    piece.row = chunk / ranges_ * kRowsTogether;
-    piece.rows = std::min(kRowsTogether, rows_ - piece.row);
-    piece.begin = chunk % ranges_ * grain_;
-    piece.end = std::min(piece.begin + grain_, tiles_);
-    const Prepared& input = path_.input;
-    piece.x = input.memory + prepared_bytes(input.arithmetic, piece.row, input.k);
+    const std::int64_t row = chunk / ranges_ * kRowsTogether, begin = chunk % ranges_ * grain_;
+    compute({&path_.weight, row, std::min(kRowsTogether, rows_ - row), begin, std::min(begin + grain_, tiles_)}, scratch);
+}
+
+void Linear::compute(const Piece& piece, void* scratch) {
     if (path_.sink == Sink::add) add(piece, static_cast<float*>(scratch));
     else if (path_.sink == Sink::gate) gate(piece, static_cast<float*>(scratch));
     else multiply(piece, 0, path_.out.row(piece.row), path_.out.stride);
@@ -53,7 +53,9 @@ void Linear::run(const Step&, std::int64_t chunk, void* scratch) {
 
 // The piece's tiles, counted from tile `tile` of the weight on, into columns of `out` as they are counted there.
 void Linear::multiply(const Piece& piece, std::int64_t tile, float* out, std::int64_t stride) const {
-    linear(path_.weight, path_.input.arithmetic, piece.x, piece.rows, out - tile * kTileRows, stride, tile + piece.begin,
+    const Prepared& input = path_.input;
+    const char* x = input.memory + prepared_bytes(input.arithmetic, piece.row, input.k);
+    linear(*piece.weight, input.arithmetic, x, piece.rows, out - tile * kTileRows, stride, tile + piece.begin,
            tile + piece.end);
 }
 

@@ -9,6 +9,8 @@
 
 namespace fourfold {
 
+constexpr std::int64_t kRowsTogether = 128;  // of a chunk: their prepared input stays in the second-level cache
+
 // What becomes of a product: it is stored, added to what stands there, or its first half gates its second.
 enum class Sink { store, add, gate };
 
@@ -29,6 +31,14 @@ public:
     std::int64_t scratch_bytes() const override;
 
 protected:
+    // Rows [row, row + rows) of the prepared input and of out, times tiles [begin, end) of out.
+    struct Piece {
+        const PackedWeight* weight;
+        std::int64_t row, rows, begin, end;
+    };
+    // Sets grain and ranges for chunks of `together` rows each.
+    void cut(std::int64_t together);
+    void compute(const Piece& piece, void* scratch);
     // Rows [row, row + rows) times tiles [begin, end) are in `out`.
     virtual void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end);
     const LinearPath path_;
@@ -36,10 +46,6 @@ protected:
     std::int64_t rows_ = 0, grain_ = 1, ranges_ = 1;  // of the step: rows; tiles of a chunk; ranges of tiles
 
 private:
-    struct Piece {
-        std::int64_t row, rows, begin, end;  // rows of the step, tiles of out
-        const char* x;
-    };
     void multiply(const Piece& piece, std::int64_t tile, float* out, std::int64_t stride) const;
     void add(const Piece& piece, float* scratch) const;
     void gate(const Piece& piece, float* scratch) const;

@@ -41,7 +41,7 @@ void Angles::rows(const Step& step, std::int64_t begin, std::int64_t end, void*)
 }
 
 RowPathOp::RowPathOp(RowPath path)
-    : RowOp(cost(path.n, 4 + 6 * path.gated), path.head), path_(std::move(path)) {}
+    : RowOp(cost(path.n, 4 + 6 * path.gated), path.head, path.each), path_(std::move(path)) {}
 
 void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) {
     for (std::int64_t i = begin; i < end; ++i) {

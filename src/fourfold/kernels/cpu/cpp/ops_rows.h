@@ -61,6 +61,7 @@ struct RowPath {
     std::vector<Prepared> prepared;
     Rows out{nullptr, 0};
     bool add = false;
+    std::int64_t each = 1;  // rows for each token
 };
 
 class RowPathOp final : public RowOp {

@@ -13,6 +13,7 @@
 #include "array.h"
 #include "module.h"
 #include "ops_attention.h"
+#include "ops_experts.h"
 #include "ops_linear.h"
 #include "ops_rows.h"
 #include "program.h"
@@ -121,19 +122,20 @@ public:
     }
 
     void rows(nb::handle x, std::int64_t n, nb::handle norm, float floor, const std::string& gate, float alpha, float limit,
-              const std::vector<Memory>& prepared, nb::handle out, bool accumulate, bool chosen) {
-        const std::int64_t rows = chosen ? chosen_ : rows_;
+              const std::vector<Memory>& prepared, nb::handle out, bool accumulate, bool chosen, std::int64_t each) {
+        const std::int64_t rows = (chosen ? chosen_ : rows_) * each;
         RowPath path;
         path.n = n;
         path.head = chosen;
         path.gated = !gate.empty();
         path.gate = {activation_of(gate), alpha, limit};
-        path.x = rows_of(x, "x", rows_, path.gated ? 2 * n : n);
+        path.x = rows_of(x, "x", rows_ * each, path.gated ? 2 * n : n);
         path.norm = floats_of(norm, "norm", 1, n);
         path.floor = floor;
         for (const Memory& memory : prepared) path.prepared.push_back(prepared_of(memory, rows, n));
         if (!out.is_none()) path.out = rows_of(out, "out", rows, n);
         path.add = accumulate;
+        path.each = each;
         add<RowPathOp>(std::move(path));
     }
 
@@ -158,6 +160,45 @@ public:
         if (chosen.dtype() != nb::dtype<std::int32_t>() || chosen.columns() < chosen_) chosen.fail("is no room for tokens");
         const Logits& logits = add<Logits>(path, chosen_, cap);
         add<Argmax>(logits, chosen.data<std::int32_t>());
+    }
+
+    // The float32 router, and what it decides for the expert layers that follow, until the next router.
+    void route(nb::handle x, std::int64_t n, nb::handle weight, nb::handle bias, std::int64_t top_k, bool among_chosen) {
+        Matrix matrix(weight, "weight");
+        const std::int64_t experts = matrix.rows();
+        if (top_k < 1 || top_k > experts) throw nb::value_error("top_k must be 1 to the number of experts");
+        routings_.push_back(std::make_unique<Routing>(rows_, top_k, experts));
+        add<Score>(*routings_.back(), rows_of(x, "x", rows_, n), n, floats_of(weight, "weight", experts, n),
+                   floats_of(bias, "bias", 1, experts));
+        add<Route>(*routings_.back(), among_chosen);
+        add<Group>(*routings_.back());
+    }
+
+    void gather(const Memory& from, const Memory& to, std::int64_t k) {
+        const Routing& routing = last_routing();
+        add<Gather>(routing, prepared_of(from, rows_, k), prepared_of(to, rows_ * routing.top_k, k));
+    }
+
+    void experts(const nb::list& weights, const Memory& input, nb::handle out, const std::string& gate, float alpha, float limit) {
+        const Routing& routing = last_routing();
+        std::vector<PackedWeight> packed;
+        for (nb::handle weight : weights) {
+            packed.push_back(weight_of(weight));
+            if (packed.back().kind != packed[0].kind || packed.back().n != packed[0].n || packed.back().k != packed[0].k)
+                throw nb::value_error("experts must be of one kind and shape");
+        }
+        if (packed.size() + 1 != routing.first.size()) throw nb::value_error("there must be a weight for each expert");
+        const bool gated = !gate.empty();
+        LinearPath path = linear_path(weights[0], input, out, 0, rows_ * routing.top_k, gated ? 2 : 1);
+        if (gated && path.weight.n % (2 * kTileRows)) throw nb::value_error("gate and up must be whole tiles");
+        path.sink = gated ? Sink::gate : Sink::store;
+        path.gate = {activation_of(gate), alpha, limit};
+        add<ExpertLinear>(routing, path, std::move(packed));
+    }
+
+    void combine(nb::handle x, std::int64_t n, nb::handle out, bool accumulate) {
+        const Routing& routing = last_routing();
+        add<Combine>(routing, rows_of(x, "x", rows_ * routing.top_k, n), n, rows_of(out, "out", rows_, n), accumulate);
     }
 
     void heads(nb::handle qkv, std::int64_t heads, std::int64_t kv_heads, std::int64_t d, nb::handle angles, nb::handle norm,
@@ -225,7 +266,13 @@ private:
         return scratches_.back().second.get();
     }
 
+    const Routing& last_routing() const {
+        if (routings_.empty()) throw nb::value_error("experts need a router before them");
+        return *routings_.back();
+    }
+
     Program program_;
+    std::vector<std::unique_ptr<Routing>> routings_;
     const std::int64_t rows_, chosen_, vocabulary_;
     std::vector<std::pair<std::int64_t, std::unique_ptr<void, Free>>> scratches_;
 };
@@ -240,9 +287,14 @@ void bind_program(nb::module_& module) {
         .def("embed", &Recorder::embed, "table"_a, "scale"_a, "out"_a)
         .def("angles", &Recorder::angles, "speeds"_a, "scale"_a, "out"_a)
         .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "kind"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
-             "prepared"_a = std::vector<Memory>(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false)
+             "prepared"_a = std::vector<Memory>(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false,
+             "each"_a = 1)
         .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
         .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
+        .def("route", &Recorder::route, "x"_a, "n"_a, "weight"_a, "bias"_a.none(), "top_k"_a, "among_chosen"_a)
+        .def("gather", &Recorder::gather, "source"_a, "target"_a, "k"_a)
+        .def("experts", &Recorder::experts, "weights"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
+        .def("combine", &Recorder::combine, "x"_a, "n"_a, "out"_a, "accumulate"_a)
         .def("logits", &Recorder::logits, "weight"_a, "input"_a, "out"_a, "tokens"_a, "cap"_a)
         .def("heads", &Recorder::heads, "qkv"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "angles"_a, "norm"_a.none(), "floor"_a,
              "layer"_a, "kv_type"_a, "kv_scales"_a.none())

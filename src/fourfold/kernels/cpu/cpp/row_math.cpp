@@ -100,6 +100,18 @@ FOURFOLD_CLONES void add_row(const float* x, std::int64_t n, float* sum) {
     for (std::int64_t i = 0; i < n; ++i) sum[i] += x[i];
 }
 
+FOURFOLD_CLONES void add_scaled_row(float factor, const float* x, std::int64_t n, float* sum) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) sum[i] += factor * x[i];
+}
+
+FOURFOLD_CLONES float dot_row(const float* a, const float* b, std::int64_t n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
 FOURFOLD_CLONES void scale_row(float factor, std::int64_t n, float* x) {
     for (std::int64_t i = 0; i < n; ++i) x[i] *= factor;
 }

@@ -19,7 +19,9 @@ void norm_row(const float* x, const float* weight, float floor, std::int64_t n, 
 void gate_row(const Gate& kind, const float* gate, const float* up, std::int64_t n, float* out);
 // Channel pairs (i, i + d / 2) of a head [d] turn by angles given as cosines [d / 2], then sines [d / 2].
 void rotate_row(float* head, const float* angles, std::int64_t d);
+float dot_row(const float* a, const float* b, std::int64_t n);
 void add_row(const float* x, std::int64_t n, float* sum);
+void add_scaled_row(float factor, const float* x, std::int64_t n, float* sum);
 void cap_row(float cap, std::int64_t n, float* x);  // x = cap tanh(x / cap)
 void scale_row(float factor, std::int64_t n, float* x);
 void widen_row(const std::uint16_t* bf16, std::int64_t n, float* out);
