@@ -48,6 +48,9 @@ def packed_linear(
 ) -> None:
     """out [m, n] float32 = x [m, k] float32 times W transposed, plus bias [1, n] float32."""
 
+def packed_checksum(data: Tensor) -> int:
+    """64 bits of uint8 [a, b]: whether they are the bytes that were written."""
+
 def packed_unpack(data: Tensor, kind: str, n: int, rows: Tensor, out: Tensor) -> None:
     """out [r, k] float32 = the given rows [r, 1] (int64) of W."""
 

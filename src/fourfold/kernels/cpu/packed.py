@@ -13,6 +13,7 @@ import torch
 from fourfold.core.errors import FourfoldError
 from fourfold.formats import BlockTensor
 from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu.memory import large_pages
 
 KINDS = {"mxfp4": "mxfp4", "mxint8": "int8"}
 
@@ -37,7 +38,7 @@ class PackedWeight:
         """
         kind, codes, scales = _parts(weight)
         n, k = weight.shape
-        data = torch.empty(packed_shape(kind, n, k), dtype=torch.uint8)
+        data = large_pages(*packed_shape(kind, n, k))
         _extension().packed_pack(codes, scales, data, kind)
         return cls(kind, n, k, data, None if bias is None else bias.detach().float().contiguous())
 
@@ -46,7 +47,7 @@ class PackedWeight:
         if x.shape[-1] != self.k:
             raise FourfoldError(f"A packed weight [{self.n}, {self.k}] got x {list(x.shape)}.")
         rows = x.detach().reshape(-1, self.k).float().contiguous()
-        out = torch.empty(len(rows), self.n)
+        out = torch.empty(len(rows), self.n, dtype=torch.float32)
         bias = None if self.bias is None else self.bias[None]
         _extension().packed_linear(rows, self.data, self.kind, bias, out, arithmetic, isa)
         return out.to(x.dtype).view(*x.shape[:-1], self.n)
@@ -56,7 +57,7 @@ class PackedWeight:
 
         Raises ValueError for an index beyond [0, n).
         """
-        out = torch.empty(indices.numel(), self.k)
+        out = torch.empty(indices.numel(), self.k, dtype=torch.float32)
         wanted = indices.reshape(-1, 1).to(torch.int64).contiguous()
         _extension().packed_unpack(self.data, self.kind, self.n, wanted, out)
         return out.view(*indices.shape, self.k)
@@ -65,6 +66,16 @@ class PackedWeight:
 def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
     """The shape of ``PackedWeight.data``, uint8: tiles of 16 rows, and the bytes of each."""
     return _extension().packed_tiles(n), _extension().packed_tile_bytes(kind, k)
+
+
+def layout_version() -> int:
+    """Goes up whenever the bytes of ``PackedWeight.data`` change; 0 without the C++ extension."""
+    return 0 if native is None else native.PACKED_LAYOUT
+
+
+def checksum(data: torch.Tensor) -> str:
+    """16 hexadecimal digits that say whether ``data`` (uint8, two dimensions) is what was written."""
+    return f"{_extension().packed_checksum(data):016x}"
 
 
 def packed_isas() -> list[str]:

@@ -47,6 +47,8 @@ void pack_bf16(const std::uint16_t* values, std::int64_t n, std::int64_t k, std:
 // Row `row` of W as float32 [k]: what an embedding looks up.
 void unpack_row(const PackedWeight& weight, std::int64_t row, float* out);
 
+std::uint64_t packed_checksum(const std::uint8_t* bytes, std::int64_t count);  // the same on every little-endian one
+
 // What a processor can do, slowest first; each includes those before it.
 enum class PackedIsa : int { automatic, portable, avx2, avx512vnni, avx512bf16 };
 bool packed_isa_usable(PackedIsa isa);

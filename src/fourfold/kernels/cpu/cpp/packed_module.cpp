@@ -158,6 +158,13 @@ void unpack(nb::handle data_tensor, const std::string& kind_name, std::int64_t n
     for (std::int64_t i = 0; i < rows.rows(); ++i) unpack_row(weight, wanted[i], out.data<float>() + i * out.columns());
 }
 
+std::uint64_t checksum(nb::handle data_tensor) {
+    Matrix data(data_tensor, "data");
+    check_type<std::uint8_t>(data, "must be uint8");
+    nb::gil_scoped_release unlocked;
+    return packed_checksum(data.data<const std::uint8_t>(), data.rows() * data.columns());
+}
+
 nb::dict isas() {
     nb::dict usable;
     for (const auto& known : kIsas)
@@ -177,6 +184,7 @@ void bind_packed(nb::module_& module) {
     module.def("packed_pack", &pack, "codes"_a, "scales"_a.none(), "data"_a, "kind"_a);
     module.def("packed_linear", &multiply, "x"_a, "data"_a, "kind"_a, "bias"_a.none(), "out"_a, "arithmetic"_a,
                "isa"_a = "auto");
+    module.def("packed_checksum", &checksum, "data"_a);
     module.def("packed_unpack", &unpack, "data"_a, "kind"_a, "n"_a, "rows"_a, "out"_a);
 }
 
