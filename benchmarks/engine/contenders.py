@@ -31,22 +31,6 @@ CONTENDERS = [
     Contender(OURS, "fourfold", "fourfold_embedded.py", "mxfp4", 4.25, "mxfp4-as-bf16"),
     Contender("llama.cpp MXFP4", "llamacpp", "llamacpp.py", "mxfp4.gguf", 4.25, "mxfp4.gguf-as-bf16"),
     Contender("llama.cpp Q4_0", "llamacpp", "llamacpp.py", "q4_0.gguf", 4.5, "q4_0.gguf-as-bf16"),
-    Contender(
-        "llama.cpp MXFP4, head Q8_0",
-        "llamacpp",
-        "llamacpp.py",
-        "mxfp4-head8.gguf",
-        4.25,
-        "mxfp4-head8.gguf-as-bf16",
-    ),
-    Contender(
-        "llama.cpp Q4_0, head Q8_0",
-        "llamacpp",
-        "llamacpp.py",
-        "q4_0-head8.gguf",
-        4.5,
-        "q4_0-head8.gguf-as-bf16",
-    ),
     Contender("vLLM bf16", "vllm", "vllm_cpu.py", "bf16", 16, "bf16"),
     Contender(
         "vLLM MXFP4 by fourfold[vllm]", "vllm", "vllm_cpu.py", "mxfp4-vllm", 4.25, "mxfp4-vllm-as-bf16"

@@ -5,10 +5,11 @@ python benchmarks/engine/models.py random OUT --tokenizer BF16_FOLDER [--layers 
 
 ``prepare`` writes OUT/bf16 (the head as a tensor of its own, equal to the embedding where the model ties
 them), OUT/mxfp4 (Fourfold, all in MXFP4 with the head), OUT/mxfp4-vllm (Fourfold, head kept: what vLLM
-takes), and for llama.cpp OUT/{q4_0,mxfp4}.gguf, everything in that type, and OUT/{q4_0,mxfp4}-head8.gguf, the
-head in Q8_0. All are rounded from the same bfloat16 values. OUT/FILE-as-bf16 holds each one's rounded values
-in bfloat16, for the judge. ``random`` makes a Llama of 1.07 billion parameters with the tokenizer of another:
-what an engine computes is as fast on random weights, and there is no such model to be had in a package."""
+takes), and for llama.cpp OUT/{q4_0,mxfp4}.gguf, everything in that type. All are rounded from the same
+bfloat16 values. OUT/FILE-as-bf16 holds each one's rounded values in bfloat16, for the judge.
+
+``random`` makes a Llama of 1.07 billion parameters with the tokenizer of another model: an engine is as fast
+on random weights, and no package has such a model."""
 
 import argparse
 import json

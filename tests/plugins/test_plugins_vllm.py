@@ -21,6 +21,7 @@ from fourfold.plugins import vllm as plugin
 @pytest.fixture(autouse=True)
 def same_threads_afterwards():
     before = threads()
+    plugin.share_threads.cache_clear()
     yield
     set_threads(before)
 
@@ -36,6 +37,11 @@ def loaded_layer(n: int, k: int) -> tuple[plugin.FourfoldMxFp4LinearKernel, torc
     return kernel, layer, weight.dequantize()
 
 
+def running_threads() -> set[int]:
+    """The system's numbers of this process's threads."""
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 64), (33, 64), (2, 3, 64)])
 def test_a_layer_computes_the_product_of_int8_activations(shape, dtype):
@@ -48,6 +54,17 @@ def test_a_layer_computes_the_product_of_int8_activations(shape, dtype):
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), exact, **close)
     torch.testing.assert_close(kernel.apply_weights(layer, x, bias).float(), exact + bias.float(), **close)
+
+
+def test_the_default_dtype_that_vllm_sets_changes_nothing():
+    kernel, layer, _ = loaded_layer(40, 64)
+    x = torch.randn(3, 64).bfloat16()
+    expected = kernel.apply_weights(layer, x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(kernel.apply_weights(layer, x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_the_checkpoints_tensors_leave_the_memory():
@@ -67,14 +84,17 @@ def test_torch_compile_sees_one_opaque_operation():
     torch.library.opcheck(torch.ops.fourfold.mxfp4_linear.default, (x, layer.weight.data, 40))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are looked at through /proc")
 def test_threads_are_as_many_as_torchs_and_the_caller_stays_bound():
     cores, torchs = os.sched_getaffinity(0), torch.get_num_threads()
     try:
         os.sched_setaffinity(0, {min(cores)})
         torch.set_num_threads(2)
+        before = running_threads()
         plugin.share_threads()
-        assert threads() == 2
+        started = running_threads() - before
+        assert threads() == 2 and len(started) == 1
+        assert all(os.sched_getaffinity(thread) == cores for thread in started)
         assert os.sched_getaffinity(0) == {min(cores)}
     finally:
         os.sched_setaffinity(0, cores)

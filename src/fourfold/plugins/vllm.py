@@ -12,6 +12,7 @@ vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 o
 weights only, and says so."""
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,20 +72,21 @@ class FourfoldMxFp4LinearKernel:
         return y if bias is None else y + bias
 
 
+@cache
 def share_threads() -> None:
-    """As many threads as torch has, free to run on the cores that this process had when it began.
+    """Start as many threads as torch has, free to run on the cores that this process had when it began.
 
     vLLM binds its threads to one core each, and a thread inherits the cores of the one that starts it.
     """
-    if CORES is None:
-        set_threads(torch.get_num_threads())
-        return
-    bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, CORES)
+    bound = None if CORES is None else os.sched_getaffinity(0)
+    if CORES is not None:
+        os.sched_setaffinity(0, CORES)
     try:
         set_threads(torch.get_num_threads())
+        PackedWeight.pack(torch.zeros(64, 32)).linear(torch.zeros(1, 32), "exact")  # threads start when used
     finally:
-        os.sched_setaffinity(0, bound)
+        if bound is not None:
+            os.sched_setaffinity(0, bound)
 
 
 def register() -> None:
