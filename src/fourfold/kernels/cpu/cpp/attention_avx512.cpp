@@ -20,17 +20,22 @@ struct Floats {
 struct StoredFloat {
     using Arithmetic = Floats;
     static constexpr std::int64_t kBytes = 4;
-    static __m512i load(const void* cache, std::int64_t at) {
-        return _mm512_loadu_si512(static_cast<const float*>(cache) + at);
+    static __m512i load(const void* cache, std::int64_t a, std::int64_t b) {
+        auto* from = static_cast<const float*>(cache);
+        const __m256i low = _mm256_castps_si256(_mm256_loadu_ps(from + a));
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_castps_si256(_mm256_loadu_ps(from + b)), 1);
     }
 };
 
 struct StoredBf16 {
     using Arithmetic = Floats;
     static constexpr std::int64_t kBytes = 2;
-    static __m512i load(const void* cache, std::int64_t at) {
-        auto* from = reinterpret_cast<const __m256i*>(static_cast<const std::uint16_t*>(cache) + at);
-        return _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)), 16);
+    static __m512i load(const void* cache, std::int64_t a, std::int64_t b) {
+        auto* from = static_cast<const std::uint16_t*>(cache);
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + a));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b));
+        const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+        return _mm512_slli_epi32(_mm512_cvtepu16_epi32(both), 16);
     }
 };
 
@@ -38,9 +43,11 @@ struct StoredE4M3 {
     using Arithmetic = Floats;
     static constexpr std::int64_t kBytes = 1;
     // seven bits moved in place, times 2^120, give subnormals too; NaN is mended
-    static __m512i load(const void* cache, std::int64_t at) {
-        auto* from = reinterpret_cast<const __m128i*>(static_cast<const std::uint8_t*>(cache) + at);
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(from));
+    static __m512i load(const void* cache, std::int64_t a, std::int64_t b) {
+        auto* from = static_cast<const std::uint8_t*>(cache);
+        const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + a));
+        const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + b));
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(low, high));
         const __m512i size = _mm512_and_si512(wide, _mm512_set1_epi32(0x7F));
         const __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7F), wide), 24);
         __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(size, 20));

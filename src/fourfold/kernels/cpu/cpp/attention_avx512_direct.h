@@ -10,48 +10,47 @@
 namespace fourfold {
 namespace {
 
-template <class S, int R>
+// C columns of keys at a time, so that there are chains of sums enough to fill the multipliers.
+template <class S, int R, int C>
 inline void score_direct(const AttentionProblem& p, const Rows& rows, bool first, Block& block) {
     using A = typename S::Arithmetic;
-    const std::int64_t lanes = p.head_dim / A::kPer;
-    for (std::int64_t k = block.first; k < block.last; k += kColumn) {
-        if (first) fetch<S>(p, rows.keys + k + kFetchAhead);
-        fetch<S>(p, rows.values + k);
-        __m512 sums[R];
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
-        for (std::int64_t i = 0; i < lanes; i += kColumn) {
-            __m512i column[16];
-            load_column<S>(p, rows.keys + k, i * A::kPer, column);
-            const auto add = [&](int j) {
-                const __m512 key = _mm512_castsi512_ps(column[j]);
-                const float* query = block.query + i + j;
-                for (int r = 0; r < R; ++r) sums[r] = A::dot(sums[r], key, _mm512_set1_ps(query[r * lanes]));
-            };
-            for (int j = 0; j < 8; ++j) add(j);
-            if (i + 8 < lanes)
-                for (int j = 8; j < 16; ++j) add(j);
+    const std::int64_t lanes = p.head_dim / A::kPer, fetched = (8 * C * kColumn + lanes - 1) / lanes;
+    for (std::int64_t k = block.first; k < block.last; k += C * kColumn) {
+        __m512 sums[R][C];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+        std::int64_t ahead = 0;
+        for (std::int64_t i = 0; i < lanes; i += 8, ahead += fetched) {
+            const std::int64_t count = most(0, least(fetched, C * kColumn - ahead));
+            if (first) fetch<S>(p, rows.keys + k + kFetchAhead + ahead, count);
+            fetch<S>(p, rows.values + k + ahead, count);
+            __m512i keys[C][8];
+            for (int c = 0; c < C; ++c) load_keys<S>(p.cache, rows.keys + k + c * kColumn, i * A::kPer, keys[c]);
+            for (int j = 0; j < 8; ++j)
+                for (int r = 0; r < R; ++r) {
+                    const __m512 q = _mm512_set1_ps(block.query[r * lanes + i + j]);
+                    for (int c = 0; c < C; ++c) sums[r][c] = A::dot(sums[r][c], _mm512_castsi512_ps(keys[c][j]), q);
+                }
         }
-        for (int r = 0; r < R; ++r) _mm512_store_ps(block.scores[r] + k, sums[r]);
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < C; ++c) _mm512_store_ps(block.scores[r] + k + c * kColumn, sums[r][c]);
     }
 }
 
 // Features [d, d + 16 C).
 template <class S, int R, int C>
 inline void sum_direct_columns(const AttentionProblem& p, const Rows& rows, const Block& block, std::int64_t d) {
-    constexpr int kPer = S::Arithmetic::kPer, kSteps = (C + kPer - 1) / kPer;
+    constexpr int kPer = S::Arithmetic::kPer;
     __m512 sums[R][C];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
     for (std::int64_t k = block.first; k < block.last; k += kPer) {
-        if (rows.more && d == 0 && k % kColumn == 0) fetch<S>(p, rows.keys + rows.padded + k);
-        for (int s = 0; s < kSteps; ++s) {
-            __m512 parts[kPer];
-            load_values<S>(p, rows.values + k, d + s * 16 * kPer, parts);
-            for (int r = 0; r < R; ++r) {
-                const __m512 weight = _mm512_set1_ps(block.weights[r][k / kPer]);
-                for (int j = 0; j < kPer && s * kPer + j < C; ++j)
-                    sums[r][s * kPer + j] = S::Arithmetic::dot(sums[r][s * kPer + j], parts[j], weight);
-            }
+        if (rows.more && d == 0) fetch<S>(p, rows.keys + rows.padded + k, kPer);
+        __m512 values[C];
+        for (int c = 0; c < C; ++c) values[c] = load_values<S>(p.cache, rows.values + k, d + c * 16);
+        for (int r = 0; r < R; ++r) {
+            const __m512 weight = _mm512_set1_ps(block.weights[r][k / kPer]);
+            for (int c = 0; c < C; ++c) sums[r][c] = S::Arithmetic::dot(sums[r][c], values[c], weight);
         }
     }
     add_to_states(sums, block, p.head_dim, d);
@@ -67,7 +66,7 @@ void attend_few(const KeyTile& tile, const QueryRows& rows) {
     Block block;
     if (!look<typename S::Arithmetic, R>(tile, rows, 0, block)) return;
     const Rows cached(tile);
-    score_direct<S, R>(*tile.problem, cached, tile.first, block);
+    score_direct<S, R, (R > 7 ? 1 : 2)>(*tile.problem, cached, tile.first, block);
     for (int r = 0; r < R; ++r) weigh<typename S::Arithmetic>(tile, block, r);
     sum_direct<S, R, (R > 6 ? 2 : R > 3 ? 4 : 8)>(*tile.problem, cached, block, 0);
 }

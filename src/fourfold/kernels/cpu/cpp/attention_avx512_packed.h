@@ -17,22 +17,17 @@ void pack(const KeyTile& tile, void* packed) {
     float* keys = static_cast<float*>(packed);
     float* values = keys + kTileKeys * lanes;
     for (std::int64_t k = 0; k < rows.padded; k += kColumn) {
-        fetch<S>(p, rows.keys + k + kFetchAhead);
-        fetch<S>(p, rows.values + k);
-        for (std::int64_t i = 0; i < lanes; i += kColumn) {
-            __m512i column[16];
-            load_column<S>(p, rows.keys + k, i * A::kPer, column);
-            for (int j = 0; j < kColumn && i + j < lanes; ++j)
-                _mm512_store_si512(keys + (k * lanes) + (i + j) * kColumn, column[j]);
+        fetch<S>(p, rows.keys + k + kFetchAhead, kColumn);
+        fetch<S>(p, rows.values + k, kColumn);
+        for (std::int64_t i = 0; i < lanes; i += 8, keys += 8 * kColumn) {
+            __m512i part[8];
+            load_keys<S>(p.cache, rows.keys + k, i * A::kPer, part);
+            for (int j = 0; j < 8; ++j) _mm512_store_si512(keys + j * kColumn, part[j]);
         }
     }
     for (std::int64_t k = 0; k < rows.padded; k += A::kPer, values += p.head_dim)
-        for (std::int64_t d = 0; d < p.head_dim; d += 16 * A::kPer) {
-            __m512 parts[A::kPer];
-            load_values<S>(p, rows.values + k, d, parts);
-            for (int j = 0; j < A::kPer && d + 16 * j < p.head_dim; ++j)
-                _mm512_store_ps(values + d + 16 * j, parts[j]);
-        }
+        for (std::int64_t d = 0; d < p.head_dim; d += 16)
+            _mm512_store_ps(values + d, load_values<S>(p.cache, rows.values + k, d));
 }
 
 template <class A, int R, int C>

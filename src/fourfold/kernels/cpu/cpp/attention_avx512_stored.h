@@ -1,7 +1,7 @@
 // Attention for AVX-512: from the cache as it is stored to vectors of lanes.
 //
-// A Stored has: Arithmetic, kBytes of an element, load(cache, at): 16 lanes from element `at` on, and, where a lane
-// holds two, load_half: 16 elements and then zeros.
+// A Stored has: Arithmetic, kBytes of an element, and load(cache, a, b): the 8 lanes that begin at element a, then
+// the 8 that begin at b. A head is a whole number of times 8 lanes.
 #pragma once
 
 #include "attention_avx512.h"
@@ -31,69 +31,48 @@ struct Rows {
     }
 };
 
+// Rows on their way into the second cache. The first has room for too few requests to keep memory busy.
 template <class S>
-inline __m512i load(const void* cache, std::int64_t at, std::int64_t left) {
-    if constexpr (S::Arithmetic::kPer == 2)
-        if (left < 32) return S::load_half(cache, at);
-    (void)left;
-    return S::load(cache, at);
+inline void fetch(const AttentionProblem& p, const std::int64_t* rows, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i)
+        for (std::int64_t d = 0; d < p.head_dim; d += 64 / S::kBytes)
+            _mm_prefetch(static_cast<const char*>(p.cache) + (rows[i] + d) * S::kBytes, _MM_HINT_T1);
 }
 
-// 16 rows on their way into the second cache. The first has room for too few requests to keep memory busy.
+// Eight lanes of 16 keys, from feature d on: vector i holds lane i of every key.
 template <class S>
-inline void fetch(const AttentionProblem& p, const std::int64_t* rows) {
-    const std::int64_t bytes = p.head_dim * S::kBytes;
-    for (int i = 0; i < kColumn; ++i)
-        for (std::int64_t b = 0; b < bytes; b += 64)
-            _mm_prefetch(static_cast<const char*>(p.cache) + rows[i] * S::kBytes + b, _MM_HINT_T1);
-}
-
-// 16 vectors of 16 lanes: lane j of vector i becomes lane i of vector j.
-inline void transpose(__m512i (&rows)[16]) {
-    __m512i pairs[16], quads[16];
-    for (int i = 0; i < 16; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+inline void load_keys(const void* cache, const std::int64_t* keys, std::int64_t d, __m512i (&lanes)[8]) {
+    __m512i pairs[8], quads[8];
+    for (int i = 0; i < 8; ++i) lanes[i] = S::load(cache, keys[i] + d, keys[i + 8] + d);
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(lanes[i], lanes[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(lanes[i], lanes[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4)
+    for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; ++j) {
             quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
             quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
         }
+    // 16 bytes of a quad: lanes j and j + 4 of keys 0 to 3, then of keys 8 to 11; the other quad has the rest
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int j = 0; j < 4; ++j) {
-        __m512i a = _mm512_shuffle_i32x4(quads[j], quads[j + 4], 0x88);
-        __m512i b = _mm512_shuffle_i32x4(quads[j], quads[j + 4], 0xDD);
-        __m512i c = _mm512_shuffle_i32x4(quads[j + 8], quads[j + 12], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(quads[j + 8], quads[j + 12], 0xDD);
-        rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        rows[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-        rows[j + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        rows[j + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+        lanes[j] = _mm512_permutex2var_epi64(quads[j], low, quads[j + 4]);
+        lanes[j + 4] = _mm512_permutex2var_epi64(quads[j], high, quads[j + 4]);
     }
 }
 
-// Features [d, d + 16 lanes) of 16 keys: vector i holds lane i of every key.
+// Features [d, d + 16) of the values of a lane of keys.
 template <class S>
-inline void load_column(const AttentionProblem& p, const std::int64_t* keys, std::int64_t d, __m512i (&column)[16]) {
-    for (int i = 0; i < 16; ++i) column[i] = load<S>(p.cache, keys[i] + d, p.head_dim - d);
-    transpose(column);
-}
-
-// Features [d, d + 16 * kPer) of the kPer values of a lane of keys: 16 features, then 16 more.
-template <class S>
-inline void load_values(const AttentionProblem& p, const std::int64_t* values, std::int64_t d,
-                        __m512 (&parts)[S::Arithmetic::kPer]) {
-    const auto at = [&](int i) { return load<S>(p.cache, values[i] + d, p.head_dim - d); };
+inline __m512 load_values(const void* cache, const std::int64_t* values, std::int64_t d) {
     if constexpr (S::Arithmetic::kPer == 1) {
-        parts[0] = _mm512_castsi512_ps(at(0));
+        return _mm512_castsi512_ps(S::load(cache, values[0] + d, values[0] + d + 8));
     } else {
-        alignas(64) static const std::uint16_t order[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                            37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                            11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-        const __m512i lower = _mm512_load_si512(order), upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-        const __m512i first = at(0), second = at(1);
-        parts[0] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(first, lower, second));
-        parts[1] = _mm512_castsi512_ps(_mm512_permutex2var_epi16(first, upper, second));
+        alignas(64) static const std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = S::load(cache, values[0] + d, values[1] + d);
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(order), both));
     }
 }
 

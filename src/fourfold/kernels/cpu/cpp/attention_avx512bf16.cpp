@@ -23,39 +23,40 @@ struct Bf16Pairs {
 struct StoredBf16 {
     using Arithmetic = Bf16Pairs;
     static constexpr std::int64_t kBytes = 2;
-    static __m512i load(const void* cache, std::int64_t at) {
-        return _mm512_loadu_si512(static_cast<const std::uint16_t*>(cache) + at);
-    }
-    static __m512i load_half(const void* cache, std::int64_t at) {
-        auto* from = reinterpret_cast<const __m256i*>(static_cast<const std::uint16_t*>(cache) + at);
-        return _mm512_zextsi256_si512(_mm256_loadu_si256(from));
+    static __m512i load(const void* cache, std::int64_t a, std::int64_t b) {
+        auto* from = static_cast<const std::uint16_t*>(cache);
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + a));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + b));
+        return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
 };
 
 struct StoredE4M3 {
     using Arithmetic = Bf16Pairs;
     static constexpr std::int64_t kBytes = 1;
-    // Exponent and mantissa move in place, which leaves the subnormals, 0 to 7 of 2^-9, and NaN to mend.
-    static __m512i decode(__m512i codes) {
-        alignas(16) static const std::uint16_t small[8] = {0x0000, 0x3B00, 0x3B80, 0x3BC0,
-                                                           0x3C00, 0x3C20, 0x3C40, 0x3C60};
-        const __m512i smallest = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(small)));
-        const __m512i size = _mm512_and_si512(codes, _mm512_set1_epi16(0x7F));
-        const __m512i sign = _mm512_slli_epi16(_mm512_andnot_si512(_mm512_set1_epi16(0x7F), codes), 8);
-        __m512i value = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(120 << 7));
-        const __mmask32 subnormal = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
-        value = _mm512_mask_permutexvar_epi16(value, subnormal, size, smallest);
-        const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F));
-        value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7FC0));
-        return _mm512_or_si512(value, sign);
+    // Sign, exponent and mantissa move in place; then 120 is added to the exponent, but where it is 0 what the
+    // subnormals, 0 to 7 of 2^-9, lack. NaN is rare, and mended when it is there.
+    static __m512i decode(__m256i codes) {
+        alignas(16) static const std::uint16_t lacking[8] = {0x0000,        0x3B00 - 0x10, 0x3B80 - 0x20,
+                                                             0x3BC0 - 0x30, 0x3C00 - 0x40, 0x3C20 - 0x50,
+                                                             0x3C40 - 0x60, 0x3C60 - 0x70};
+        const __m512i wide = _mm512_cvtepi8_epi16(codes);
+        const __m512i kept = _mm512_set1_epi16(static_cast<short>(0x87F0));
+        const __m512i moved = _mm512_and_si512(_mm512_slli_epi16(wide, 4), kept);
+        const __mmask32 small = _mm512_testn_epi16_mask(wide, _mm512_set1_epi16(0x78));
+        const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(lacking)));
+        const __m512i raise = _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(120 << 7), small, wide, table);
+        const __m512i value = _mm512_add_epi16(moved, raise);
+        const __m256i size = _mm256_and_si256(codes, _mm256_set1_epi8(0x7F));
+        const __mmask32 nan = _mm256_cmpeq_epi8_mask(size, _mm256_set1_epi8(0x7F));
+        if (__builtin_expect(nan == 0, 1)) return value;
+        return _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7FC0));
     }
-    static __m512i load(const void* cache, std::int64_t at) {
-        auto* from = reinterpret_cast<const __m256i*>(static_cast<const std::uint8_t*>(cache) + at);
-        return decode(_mm512_cvtepu8_epi16(_mm256_loadu_si256(from)));
-    }
-    static __m512i load_half(const void* cache, std::int64_t at) {
-        auto* from = reinterpret_cast<const __m128i*>(static_cast<const std::uint8_t*>(cache) + at);
-        return decode(_mm512_cvtepu8_epi16(_mm256_zextsi128_si256(_mm_loadu_si128(from))));
+    static __m512i load(const void* cache, std::int64_t a, std::int64_t b) {
+        auto* from = static_cast<const std::uint8_t*>(cache);
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + a));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + b));
+        return decode(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
     }
 };
 
