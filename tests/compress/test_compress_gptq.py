@@ -10,7 +10,10 @@ from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.compress.pipeline import get_pass
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
-from fourfold.formats import get_format
+from fourfold.formats import BlockTensor, get_format
+from fourfold.kernels import native_available, native_problem
+from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu.column_rounding import ColumnRounding
 
 FORMATS = ("mxfp4", "mxfp6-e2m3", "mxfp8-e4m3", "mxint8", "nvfp4", "int4-g32", "int4-g64", "int4-g128")
 FP8 = ("fp8-channel", "fp8-tensor")
@@ -184,3 +187,95 @@ def test_damping_grows_until_there_is_a_factor():
 
 def test_the_pass_asks_for_the_original_model_only_when_it_compares():
     assert get_pass("gptq").needs_base(Options()) and not get_pass("gptq").needs_base(Options(asymmetry=0))
+
+
+MX_FLOATS = ("mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8-e4m3", "mxfp8-e5m2")
+
+
+@pytest.mark.skipif(not native_available(), reason=str(native_problem()))
+@pytest.mark.parametrize("n", [60, 600], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize(
+    ("name", "rule", "search"),
+    [
+        *((name, "even", True) for name in MX_FLOATS),
+        *(("mxfp4", r, False) for r in ("floor", "rceil", "ceil")),
+    ],
+)
+def test_the_kernel_rounds_as_torch_does(monkeypatch, name, rule, search, n):
+    """Rows that do not fill 16 lanes, columns that do not fill 128, tiny and huge ones, a block of zeros."""
+    x, x0, weight = problem(n, width=224, out=37)
+    weight *= torch.logspace(-36, 34, 37)[:, None]
+    weight[3, 64:96] = 0
+    found = {}
+    for way in ("kernel", "torch"):
+        if way == "torch":
+            monkeypatch.setattr(ColumnRounding, "of", lambda *_: None)
+        scheme = LayerScheme(weight=name, scale_rule=rule)
+        found[way] = gptq.gptq("layer", weight, scheme, statistics_of(x, x0), Options(search=search))
+    kernel, torch_ = (found[way] for way in ("kernel", "torch"))
+    assert (kernel.scales == torch_.scales).float().mean() > 0.99
+    assert (kernel.dequantize() == torch_.dequantize()).float().mean() > 0.98
+    assert (kernel.dequantize() == torch_.dequantize()).all(-1).float().mean() > 0.8
+
+
+@pytest.mark.skipif(not native_available(), reason=str(native_problem()))
+def test_threads_change_no_bit_of_the_kernel(monkeypatch):
+    _, _, weight = problem(60, out=200)
+    factor, pull = torch.eye(96) + 0.1 * torch.rand(96, 96).triu(1), torch.rand(96, 96).triu(1) * 0.01
+    pending = torch.randn(96, 200)
+    results = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        layout = get_format("mxfp4").empty_shapes(weight.shape).values()
+        codes, scales = (torch.zeros(shape, dtype=dtype) for shape, dtype in layout)
+        own = weight.clone()
+        rounding = ColumnRounding.of(own, codes, scales, get_format("mxfp4"), None, True)
+        assert rounding is not None
+        errors, before = rounding.round([32, 192, 64], factor, pull, pending)
+        assert torch.allclose(before[0], weight[:, 32] + pending[0])
+        assert torch.allclose(errors[0], weight[:, 32] - own[:, 32])
+        assert torch.equal(own[:, :32], weight[:, :32]) and not torch.equal(own[:, 64:96], weight[:, 64:96])
+        results.append((own, codes, scales, errors.clone(), before.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    read = BlockTensor("mxfp4", codes, scales).dequantize()
+    assert all(torch.equal(read[:, at : at + 32], own[:, at : at + 32]) for at in (32, 192, 64))
+
+
+@pytest.mark.skipif(not native_available(), reason=str(native_problem()))
+def test_the_kernel_refuses_what_does_not_fit():
+    def call(**changes):
+        arrays = {
+            "weight": torch.zeros(4, 64),
+            "codes": torch.zeros(4, 32, dtype=torch.uint8),
+            "scales": torch.zeros(4, 2, dtype=torch.uint8),
+            "starts": torch.tensor([[0, 32]]),
+            "reach": torch.eye(64),
+            "pull": None,
+            "standing": torch.eye(32).repeat(2, 1),
+            "diagonal": torch.ones(1, 64),
+            "pending": None,
+            "errors": torch.zeros(64, 4),
+            "before": torch.zeros(64, 4),
+            "element": (4, 1, 0, 2, 6.0, 0),
+            "search": True,
+            "alone": True,
+        }
+        native.round_columns(**(arrays | changes))
+
+    call()
+    for changes in (
+        {"weight": torch.zeros(4, 64).double()},
+        {"codes": torch.zeros(4, 16, dtype=torch.uint8)},
+        {"starts": torch.tensor([[0, 64]])},
+        {"starts": torch.tensor([[-32, 0]])},
+        {"starts": torch.tensor([[0, 8]])},
+        {"starts": torch.zeros(1, 5, dtype=torch.int64)},
+        {"reach": torch.eye(32)},
+        {"pull": torch.eye(32)},
+        {"pending": torch.zeros(4, 64)},
+        {"errors": torch.zeros(4, 64)},
+        {"element": (5, 1, 0, 2, 6.0, 0)},
+        {"element": (4, 9, 0, 2, 6.0, 0)},
+    ):
+        with pytest.raises(ValueError):
+            call(**changes)

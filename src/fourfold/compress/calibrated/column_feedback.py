@@ -40,7 +40,7 @@ class Feedback(Protocol):
         ...
 
     def block(self, columns: slice) -> Block:
-        """What the finished columns ask of ``columns``."""
+        """What the finished columns ask of ``columns``; valid until the next block is asked for."""
         ...
 
     def finish(self, columns: slice, errors: torch.Tensor, before: torch.Tensor) -> None:
@@ -103,6 +103,7 @@ class TokenFeedback:
     ):
         self._x, self._shift, self._turned, self._factors = x, shift, turned, factors
         self._sums: torch.Tensor | None = None
+        self._pending: torch.Tensor | None = None
 
     @classmethod
     def make(cls, x: torch.Tensor, shift: torch.Tensor | None, ridge: float) -> "TokenFeedback | None":
@@ -133,13 +134,18 @@ class TokenFeedback:
         """See Feedback."""
         turned = self._turned[:, columns]
         pull = None if self._shift is None else (self._shift[:, columns].T @ turned).triu_(1)
-        pending = None if self._sums is None else turned.T @ self._sums
+        pending = None
+        if self._sums is not None and self._pending is not None:
+            pending = torch.mm(turned.T, self._sums, out=self._pending[: turned.shape[-1]])
         return Block(self._factors[columns.start], pull, pending)
 
     def finish(self, columns: slice, errors: torch.Tensor, before: torch.Tensor) -> None:
         """See Feedback."""
+        if columns.stop == self._x.shape[-1]:
+            return
         if self._sums is None:
             self._sums = errors.new_zeros(len(self._x), errors.shape[-1])
+            self._pending = torch.empty_like(errors)
         self._sums.addmm_(self._x[:, columns], errors)
         if self._shift is not None:
             self._sums.addmm_(self._shift[:, columns], before)

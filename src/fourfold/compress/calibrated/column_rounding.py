@@ -16,6 +16,7 @@ from fourfold.compress.calibrated.column_feedback import Block, Feedback, blocks
 from fourfold.compress.calibrated.nearest import Nearest
 from fourfold.compress.calibrated.turned import Turned
 from fourfold.formats import BlockFormat
+from fourfold.kernels.cpu.column_rounding import ColumnRounding
 
 STEP = 32  # columns whose errors reach the rest of their block one by one
 
@@ -72,6 +73,16 @@ class Grid:
 
 def round_columns(turned: Turned, feedback: Feedback, size: int, grid: Grid) -> None:
     """Round ``turned``; ``size`` of its columns share a scale."""
+    tensors = (turned.weight, turned.blocks, turned.scales)
+    native = ColumnRounding.of(*tensors, grid.block_format, grid.rule, grid.search)
+    if native is None:
+        _round_in_torch(turned, feedback, size, grid)
+        return
+    for columns in blocks_of(turned.width):
+        feedback.finish(columns, *native.round(turned.starts(columns), *feedback.block(columns)))
+
+
+def _round_in_torch(turned: Turned, feedback: Feedback, size: int, grid: Grid) -> None:
     multiplier = None
     for columns in blocks_of(turned.width):
         block = feedback.block(columns)

@@ -16,7 +16,7 @@ class Turned:
     def __init__(self, weight: torch.Tensor, block_format: BlockFormat, order: torch.Tensor, size: int):
         self.weight, self._format, self._size = weight, block_format, size
         layout = block_format.empty_shapes(weight.shape).values()
-        self._blocks, self._scales = (torch.empty(s, dtype=d, device=weight.device) for s, d in layout)
+        self.blocks, self.scales = (torch.empty(s, dtype=d, device=weight.device) for s, d in layout)
         self._starts = order[::size].tolist()
         self._natural = self._starts == sorted(self._starts)
 
@@ -24,6 +24,10 @@ class Turned:
     def width(self) -> int:
         """How many columns there are."""
         return self.weight.shape[-1]
+
+    def starts(self, columns: slice) -> list[int]:
+        """Where the blocks of ``columns`` begin in the weight."""
+        return self._starts[columns.start // self._size : columns.stop // self._size]
 
     def take(self, columns: slice) -> torch.Tensor:
         """The columns at these places of the order, [b, out]."""
@@ -38,26 +42,25 @@ class Turned:
         for run in self._runs(columns):
             end = begin + run.stop - run.start
             self.weight[:, run] = values[:, begin:end]
-            self._blocks[:, self._bytes(run)] = packed[:, self._bytes(slice(begin, end))]
+            self.blocks[:, self._bytes(run)] = packed[:, self._bytes(slice(begin, end))]
             begin = end
 
     def put_scales(self, column: int, held: torch.Tensor) -> None:
         """The scales [out, 1] of the block that begins at place ``column``, or [] of all."""
         if held.ndim:
-            self._scales[:, self._starts[column // self._size] // self._size] = held[:, 0]
+            self.scales[:, self._starts[column // self._size] // self._size] = held[:, 0]
         else:
-            self._scales.copy_(held)
+            self.scales.copy_(held)
 
     def tensor(self, rule: str | None, global_scale: torch.Tensor | None) -> BlockTensor:
         """What was put."""
-        return BlockTensor(self._format.name, self._blocks, self._scales, rule, global_scale)
+        return BlockTensor(self._format.name, self.blocks, self.scales, rule, global_scale)
 
     def _runs(self, columns: slice) -> list[slice]:
         """Where ``columns`` lie in the weight."""
         if self._natural:
             return [columns]
-        starts = self._starts[columns.start // self._size : columns.stop // self._size]
-        return [slice(start, start + self._size) for start in starts]
+        return [slice(start, start + self._size) for start in self.starts(columns)]
 
     def _bytes(self, columns: slice) -> slice:
         bits = self._format.element.bits

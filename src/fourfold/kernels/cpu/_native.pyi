@@ -31,6 +31,24 @@ def write_kv(
 ) -> None:
     """kv float32 [T, 2 * kv_heads * head_dim] into ``cache`` at slots int32 [1, T]."""
 
+def round_columns(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    reach: Tensor,
+    pull: Tensor | None,
+    standing: Tensor,
+    diagonal: Tensor,
+    pending: Tensor | None,
+    errors: Tensor,
+    before: Tensor,
+    element: tuple[int, int, int, int, float, int],
+    search: bool,
+    alone: bool,
+) -> None:
+    """See column_rounding.py and cpp/column_rounding.h; ``alone``: without the pool's threads."""
+
 def cpu_features() -> dict[str, bool]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...

@@ -95,5 +95,6 @@ NB_MODULE(_native, module) {
     module.def("threads", &fourfold::threads);
     module.def("set_threads", &fourfold::set_thread_count, "count"_a);
     fourfold::bind_packed(module);
+    fourfold::bind_column_rounding(module);
     fourfold::bind_program(module);
 }

@@ -13,6 +13,7 @@ Isa parse_isa(const std::string& name);  // ValueError for a name that does not 
 
 void bind_attention(nanobind::module_& module);
 void bind_packed(nanobind::module_& module);
+void bind_column_rounding(nanobind::module_& module);
 void bind_program(nanobind::module_& module);
 
 }  // namespace fourfold
