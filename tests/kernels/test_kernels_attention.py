@@ -180,28 +180,42 @@ def test_a_nan_stays_with_its_sequence(isa):
     assert got[1:10].isnan().all() and got[[0, 10]].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_writing(kind):
+@each_isa
+@each_type
+def test_writing(isa, kind):
     make = torch.Generator().manual_seed(0)
     kv = torch.randn(21, 4, 48, generator=make) * torch.logspace(-8, 4, 21)[:, None, None]
     kv[0, 0, :4] = torch.tensor([math.inf, -math.inf, math.nan, -0.0])
     slots = torch.randperm(5 * SIZE, generator=make)[:21]
     scales = torch.rand(4, generator=make) + 0.5 if kind == "fp8" else None
     cache = torch.zeros(5, SIZE, 4, 48, dtype=TYPES[kind])
-    attention.write(kv, cache, slots.int(), scales)
+    attention.write(kv, cache, slots.int(), scales, isa)
     want = torch.zeros_like(cache)
     want.flatten(0, 1)[slots] = kv.to(TYPES[kind]) if scales is None else e4m3(kv, scales)
     assert torch.equal(cache.float().nan_to_num(nan=-1e30), want.float().nan_to_num(nan=-1e30))
 
 
-def test_every_float_of_the_border_becomes_the_right_code():
+@each_isa
+def test_every_e4m3_code_is_read_exactly(isa):
+    codes = torch.arange(256, dtype=torch.uint8)
+    cache = torch.zeros(1, SIZE, 2, 256, dtype=torch.uint8)
+    cache[0, 0, 1] = codes
+    values = codes.view(torch.float8_e4m3fn).float().nan_to_num(nan=-1e30)
+    for heads in (1, 10):
+        spans, table = torch.tensor([[0, 1, 0]]), torch.zeros(1, 1, dtype=torch.int32)
+        out = attention.attend(torch.zeros(1, heads, 256), cache, spans, table, plain(256), isa=isa)
+        assert (out[0].nan_to_num(nan=-1e30) == values).all()
+
+
+@each_isa
+def test_every_float_of_the_border_becomes_the_right_code(isa):
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     halves = (codes[1:] + codes[:-1]) / 2
     up, down = halves.nextafter(torch.tensor(1e9)), halves.nextafter(torch.tensor(-1e9))
     kv = torch.cat([codes, halves, up, down, torch.tensor([448.1, 464.0, 1e30])])
     kv = torch.cat([kv, -kv, torch.zeros(-2 * len(kv) % 32)]).view(-1, 2, 16)
     cache = torch.zeros(1, len(kv), 2, 16, dtype=torch.uint8)
-    attention.write(kv, cache, torch.arange(len(kv)).int())
+    attention.write(kv, cache, torch.arange(len(kv)).int(), isa=isa)
     assert torch.equal(cache[0], e4m3(kv, torch.ones(2)))
 
 

@@ -27,7 +27,13 @@ def attention(
     """See attention.py; every tensor is a matrix: cache [blocks, rest], spans int64 [n, 3], tables int32."""
 
 def write_kv(
-    kv: Tensor, cache: Tensor, slots: Tensor, kv_heads: int, head_dim: int, kv_scales: Tensor | None = None
+    kv: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    kv_heads: int,
+    head_dim: int,
+    kv_scales: Tensor | None = None,
+    isa: str = "auto",
 ) -> None:
     """kv float32 [T, 2 * kv_heads * head_dim] into ``cache`` at slots int32 [1, T]."""
 

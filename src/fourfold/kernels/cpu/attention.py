@@ -60,7 +60,9 @@ def attend(
     return out
 
 
-def write(kv: Tensor, cache: Tensor, slots: Tensor, kv_scales: Tensor | None = None) -> None:
+def write(
+    kv: Tensor, cache: Tensor, slots: Tensor, kv_scales: Tensor | None = None, isa: str = "auto"
+) -> None:
     """kv float32 [T, 2 * kv_heads, D] into ``cache`` at slots int32 [T]: block * block_size + offset.
 
     bfloat16 is rounded to nearest even, E4M3 likewise and saturating at +-448 times the scale.
@@ -68,4 +70,4 @@ def write(kv: Tensor, cache: Tensor, slots: Tensor, kv_scales: Tensor | None = N
     assert native is not None
     _, _, heads2, width = cache.shape
     scales = None if kv_scales is None else kv_scales[None]
-    native.write_kv(kv.flatten(1), cache.flatten(1), slots[None], heads2 // 2, width, scales)
+    native.write_kv(kv.flatten(1), cache.flatten(1), slots[None], heads2 // 2, width, scales, isa)

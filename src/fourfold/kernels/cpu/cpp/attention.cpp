@@ -13,7 +13,6 @@
 #include <memory>
 
 #include "attention_kernel.h"
-#include "kv_values.h"
 
 namespace fourfold {
 namespace {
@@ -249,20 +248,6 @@ std::int64_t attention_items(const AttentionProblem& p) {
 void attention(const AttentionProblem& problem, std::int64_t item_begin, std::int64_t item_end, Isa isa) {
     const AttentionKernel& kernel = kernel_for(isa, problem.type);
     for (std::int64_t i = item_begin; i < item_end; ++i) run_item(Work{problem, kernel, find_item(problem, i)});
-}
-
-void write_kv(const KVWrite& w, std::int64_t row_begin, std::int64_t row_end) {
-    const std::int64_t width = 2 * w.kv_heads * w.head_dim;
-    for (std::int64_t row = row_begin; row < row_end; ++row) {
-        const float* from = w.kv + row * w.stride;
-        const std::int64_t to = w.slots[row] * width;
-        for (std::int64_t i = 0; i < width; ++i) {
-            const float scale = w.kv_scales ? w.kv_scales[i / w.head_dim] : 1.0f;
-            if (w.type == KVType::f32) static_cast<float*>(w.cache)[to + i] = from[i];
-            else if (w.type == KVType::bf16) static_cast<std::uint16_t*>(w.cache)[to + i] = to_bf16_bits(from[i]);
-            else static_cast<std::uint8_t*>(w.cache)[to + i] = to_e4m3(from[i] / scale);
-        }
-    }
 }
 
 }  // namespace fourfold

@@ -63,6 +63,6 @@ struct KVWrite {
 };
 
 // Rows [row_begin, row_end) into the cache: bf16 to nearest even; E4M3 likewise, saturating at +-448 * scale.
-void write_kv(const KVWrite& write, std::int64_t row_begin, std::int64_t row_end);
+void write_kv(const KVWrite& write, std::int64_t row_begin, std::int64_t row_end, Isa isa = Isa::automatic);
 
 }  // namespace fourfold

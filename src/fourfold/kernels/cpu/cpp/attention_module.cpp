@@ -76,6 +76,11 @@ struct Task {
     Isa isa;
 };
 
+struct WriteTask {
+    KVWrite write;
+    Isa isa;
+};
+
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
@@ -114,7 +119,7 @@ void attend(nb::handle q_tensor, nb::handle cache_tensor, nb::handle span_tensor
 }
 
 void write(nb::handle kv_tensor, nb::handle cache_tensor, nb::handle slot_tensor, std::int64_t kv_heads,
-           std::int64_t head_dim, nb::handle kv_scales) {
+           std::int64_t head_dim, nb::handle kv_scales, const std::string& isa_name) {
     Matrix kv(kv_tensor, "kv"), cache(cache_tensor, "cache", true), slots(slot_tensor, "slots");
     const std::int64_t width = 2 * kv_heads * head_dim;
     if (width < 1 || cache.columns() % width) cache.fail("must be [blocks, block_size * 2 * kv_heads * head_dim]");
@@ -124,13 +129,15 @@ void write(nb::handle kv_tensor, nb::handle cache_tensor, nb::handle slot_tensor
     for (std::int64_t i = 0; i < kv.rows(); ++i)
         if (slots.data<const std::int32_t>()[i] < 0 || slots.data<const std::int32_t>()[i] >= most)
             slots.fail("name a slot that is not there");
-    const KVWrite write{kv.data<const float>(), width, kv_heads, head_dim, cache.data(), kv_type(cache),
-                        optional_row(kv_scales, "kv_scales", 2 * kv_heads), slots.data<const std::int32_t>()};
+    const WriteTask task{{kv.data<const float>(), width, kv_heads, head_dim, cache.data(), kv_type(cache),
+                        optional_row(kv_scales, "kv_scales", 2 * kv_heads), slots.data<const std::int32_t>()},
+                         parse_isa(isa_name)};
     nb::gil_scoped_release unlocked;
     auto body = [](const void* context, std::int64_t begin, std::int64_t end) {
-        write_kv(*static_cast<const KVWrite*>(context), begin, end);
+        auto& it = *static_cast<const WriteTask*>(context);
+        write_kv(it.write, begin, end, it.isa);
     };
-    parallel_for(kv.rows(), 16, body, &write);
+    parallel_for(kv.rows(), 16, body, &task);
 }
 
 }  // namespace
@@ -140,7 +147,7 @@ void bind_attention(nb::module_& module) {
                "block_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "kv_scales"_a = nb::none(),
                "sinks"_a = nb::none(), "isa"_a = "auto");
     module.def("write_kv", &write, "kv"_a, "cache"_a, "slots"_a, "kv_heads"_a, "head_dim"_a,
-               "kv_scales"_a = nb::none());
+               "kv_scales"_a = nb::none(), "isa"_a = "auto");
 }
 
 }  // namespace fourfold

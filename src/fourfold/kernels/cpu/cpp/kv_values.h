@@ -2,8 +2,6 @@
 // For files compiled for the plain instruction set only.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -29,24 +27,6 @@ inline float from_e4m3(std::uint8_t code) {
     if ((code & 0x7Fu) == 0x7Fu) return float_from_bits(sign | 0x7FC00000u);
     if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 0x1p-9f;
     return float_from_bits(sign | (exponent + 120u) << 23 | mantissa << 20);
-}
-
-// Nearest even, saturating at +-448; a NaN stays a NaN.
-inline std::uint8_t to_e4m3(float value) {
-    std::uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 24) & 0x80u;
-    if (magnitude > 0x7F800000u) return static_cast<std::uint8_t>(sign | 0x7Fu);
-    float size = std::min(float_from_bits(magnitude), 448.0f);
-    // adding 2^14 leaves multiples of 2^-9, rounded, in the lowest bits: the subnormal codes, and the first normal
-    if (size < 0x1p-6f) return static_cast<std::uint8_t>(sign | (bits_of(size + 0x1p14f) & 0xFu));
-    std::uint32_t normal = bits_of(size);
-    normal += 0x7FFFFu + ((normal >> 20) & 1u);
-    return static_cast<std::uint8_t>(sign | ((normal >> 20) - (120u << 3)));
-}
-
-inline std::uint16_t to_bf16_bits(float value) {
-    std::uint32_t bits = bits_of(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // What is stored at `index`, before any scale.
