@@ -5,28 +5,26 @@ python benchmarks/accuracy/gptq_cost.py --python-llmcompressor LC/bin/python --p
 A random Llama (2 layers, hidden size 1024) and 256 random tokens are made in a temporary folder. Every run is
 a process of its own in its own environment; processor time (user and system) and peak resident memory come
 from wait4. Each tool rounds the model by GPTQ, and by round-to-nearest: the difference is what GPTQ itself
-costs with what it needs of transformers. Tools take turns; the table has medians of times, largest peaks.
-Last comes the processor time inside Fourfold's pass alone, without imports, loading and saving, and the load.
+costs. All of it is done with one thread, and with as many as each tool takes by itself. Tools take turns; the
+tables have medians of times, largest peaks. Last come the processor time inside Fourfold's pass alone,
+without imports, loading and saving, and the load.
+
+This process itself imports no torch: what it holds would be counted as its children's peak.
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from fourfold.compress import Recipe, quantize
-from fourfold.compress.calibrated.loop import LayerLoop
-from fourfold.compress.calibrated.work import LayerWork
-from fourfold.compress.calibration import CalibrationSet
 from fourfold.core.machine import describe_machine, now
 from fourfold.core.records import Machine, Record
 
@@ -37,6 +35,7 @@ SCRIPTS = {
     "quark": "quark_mxfp4.py",
 }
 METHODS = ("gptq", "rtn")
+OWN_CHOICE = 0  # threads as a tool takes them by itself
 
 
 class Measurement(Record):
@@ -47,17 +46,20 @@ class Measurement(Record):
     peak_memory_bytes: int
 
 
+Runs = dict[str, dict[str, list[Measurement]]]
+"""By tool, then by method."""
+
+
 class Costs(Record):
-    """Runs by tool, then by method."""
+    """Runs by the number of threads."""
 
     created: str
     machine: Machine
-    threads: int
     hidden_size: int
     intermediate_size: int
     layers: int
     tokens: int
-    runs: dict[str, dict[str, list[Measurement]]]
+    runs: dict[int, Runs]
     passes_s: float
     load: tuple[float, float, float]
 
@@ -70,21 +72,22 @@ def main() -> int:
         "llm-compressor": options.python_llmcompressor,
         "quark": options.python_quark,
     }
-    runs = {tool: {method: [] for method in METHODS} for tool, python in pythons.items() if python}
+    tools = [tool for tool, python in pythons.items() if python]
+    runs: dict[int, Runs] = {t: {tool: {m: [] for m in METHODS} for tool in tools} for t in options.threads}
     with tempfile.TemporaryDirectory(prefix="gptq-cost-", dir=options.work) as folder:
         work = Path(folder)
-        make_inputs(work, options)
+        apart(make_inputs, work, options)
         for turn in range(options.rounds):
-            for tool, by_method in runs.items():
-                for method, found in by_method.items():
-                    found.append(run(pythons[tool], tool, method, work, options.threads))
-                    line = f"{found[-1].processor_s:.1f} s, {found[-1].peak_memory_bytes / 1e6:.0f} MB"
-                    print(f"round {turn}: {tool} {method} {line}", flush=True)
-        inside = passes_s(work, options.threads)
+            for threads, tool, method in product(options.threads, tools, METHODS):
+                found = run(pythons[tool], tool, method, work, threads)
+                runs[threads][tool][method].append(found)
+                line = f"{found.processor_s:.1f} s, {found.peak_memory_bytes / 1e6:.0f} MB"
+                print(f"round {turn}, {named(threads)}: {tool} {method} {line}", flush=True)
+        apart(passes_s, work)
+        inside = float((work / "passes_s").read_text())
     costs = Costs(
         created=now(),
         machine=describe_machine(),
-        threads=options.threads,
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         layers=options.layers,
@@ -93,10 +96,13 @@ def main() -> int:
         passes_s=inside,
         load=os.getloadavg(),
     )
-    print_table(costs)
+    for threads in options.threads:
+        print_table(costs.runs[threads], threads)
+    load = ", ".join(f"{value:.1f}" for value in costs.load)
+    print(f"\nInside Fourfold's pass alone, 1 thread: {costs.passes_s:.1f} s. Load averages: {load}.")
     if options.json:
         options.json.write_text(costs.model_dump_json(indent=2) + "\n")
-    return int(not wins(costs))
+    return int(not all(wins(found) for found in costs.runs.values()))
 
 
 def parse() -> argparse.Namespace:
@@ -108,15 +114,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, OWN_CHOICE], help="0: a tool's own choice"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 
 
+def apart(do: Callable[..., None], *arguments: object) -> None:
+    """``do(*arguments)`` in another process."""
+    process = multiprocessing.get_context("fork").Process(target=do, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{do.__name__} failed.")
+
+
 def make_inputs(work: Path, options: argparse.Namespace) -> None:
     """The random model in ``work/model``, a tokenizer because tools want one, and ``work/tokens.pt``."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -127,7 +149,7 @@ def make_inputs(work: Path, options: argparse.Namespace) -> None:
         num_key_value_heads=options.hidden_size // 64,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(work / "model")
+    LlamaForCausalLM(config).to(dtype=torch.bfloat16).save_pretrained(work / "model")
     words = Tokenizer(WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(work / "model")
     torch.save(torch.randint(0, config.vocab_size, (1, options.tokens)), work / "tokens.pt")
@@ -143,7 +165,10 @@ def run(python: str, tool: str, method: str, work: Path, threads: int) -> Measur
         (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    if threads != OWN_CHOICE:
+        environment["OMP_NUM_THREADS"] = str(threads)
     begin = time.perf_counter()
     pid = os.posix_spawn(python, list(map(str, command)), environment, file_actions=actions)
     _, status, usage = os.wait4(pid, 0)
@@ -156,12 +181,18 @@ def run(python: str, tool: str, method: str, work: Path, threads: int) -> Measur
     )
 
 
-def passes_s(work: Path, threads: int) -> float:
-    """Processor time of the layers' passes, in this process, where everything is imported by now."""
-    torch.set_num_threads(threads)
+def passes_s(work: Path) -> None:
+    """Processor time of the layers' passes, where everything is imported before, into ``work/passes_s``."""
+    import torch
+
+    from fourfold.compress import Recipe, quantize
+    from fourfold.compress.calibrated.loop import LayerLoop
+    from fourfold.compress.calibration import CalibrationSet
+
+    torch.set_num_threads(1)
     original, spent = LayerLoop.run_passes, []
 
-    def timed(self: LayerLoop, work: LayerWork) -> None:
+    def timed(self: LayerLoop, work: Any) -> None:
         begin = time.process_time()
         original(self, work)
         spent.append(time.process_time() - begin)
@@ -171,42 +202,43 @@ def passes_s(work: Path, threads: int) -> float:
     )
     tokens = torch.load(work / "tokens.pt", weights_only=True)
     LayerLoop.run_passes = timed
-    try:
-        quantize(work / "model", work / "inside", recipe, calibration=CalibrationSet(tokens, "random", 0))
-    finally:
-        LayerLoop.run_passes = original
-    return sum(spent)
+    quantize(work / "model", work / "inside", recipe, calibration=CalibrationSet(tokens, "random", 0))
+    (work / "passes_s").write_text(str(sum(spent)))
 
 
-def processor_s(costs: Costs, tool: str, method: str) -> float:
+def named(threads: int) -> str:
+    """How many threads, in words."""
+    return "each tool's own choice of threads" if threads == OWN_CHOICE else f"{threads} thread(s)"
+
+
+def processor_s(runs: Runs, tool: str, method: str) -> float:
     """Median processor time."""
-    return statistics.median(run.processor_s for run in costs.runs[tool][method])
+    return statistics.median(run.processor_s for run in runs[tool][method])
 
 
-def peak(costs: Costs, tool: str) -> int:
+def peak(runs: Runs, tool: str) -> int:
     """Largest peak of the runs by GPTQ."""
-    return max(run.peak_memory_bytes for run in costs.runs[tool]["gptq"])
+    return max(run.peak_memory_bytes for run in runs[tool]["gptq"])
 
 
-def print_table(costs: Costs) -> None:
+def print_table(runs: Runs, threads: int) -> None:
     """One line a tool."""
-    print("\n| tool           | whole run, s | RTN instead, s | GPTQ itself, s | peak memory, MB |")
-    print("|----------------|--------------|----------------|----------------|-----------------|")
-    for tool in costs.runs:
-        whole, nearest = (processor_s(costs, tool, method) for method in METHODS)
-        memory = peak(costs, tool) / 1e6
+    print(f"\nProcessor time with {named(threads)}:\n")
+    print("| tool           | GPTQ, s | RTN instead, s | GPTQ itself, s | peak memory with GPTQ, MB |")
+    print("|----------------|---------|----------------|----------------|---------------------------|")
+    for tool in runs:
+        whole, nearest = (processor_s(runs, tool, method) for method in METHODS)
         print(
-            f"| {tool:<14} | {whole:>12.1f} | {nearest:>14.1f} | {whole - nearest:>14.1f} | {memory:>15.0f} |"
+            f"| {tool:<14} | {whole:>7.1f} | {nearest:>14.1f} | {whole - nearest:>14.1f} "
+            f"| {peak(runs, tool) / 1e6:>25.0f} |"
         )
-    load = ", ".join(f"{value:.1f}" for value in costs.load)
-    print(f"\nInside Fourfold's pass alone: {costs.passes_s:.1f} s. Load averages: {load}.")
 
 
-def wins(costs: Costs) -> bool:
+def wins(runs: Runs) -> bool:
     """Whether the whole run is five times faster than every peer's, with no larger peak."""
-    peers = [tool for tool in costs.runs if tool != "fourfold"]
-    faster = all(processor_s(costs, p, "gptq") >= 5 * processor_s(costs, "fourfold", "gptq") for p in peers)
-    return faster and all(peak(costs, "fourfold") <= peak(costs, p) for p in peers)
+    peers = [tool for tool in runs if tool != "fourfold"]
+    faster = all(processor_s(runs, p, "gptq") >= 5 * processor_s(runs, "fourfold", "gptq") for p in peers)
+    return faster and all(peak(runs, "fourfold") <= peak(runs, p) for p in peers)
 
 
 if __name__ == "__main__":
