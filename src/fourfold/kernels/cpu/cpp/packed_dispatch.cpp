@@ -24,6 +24,9 @@ PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa isa) {
 #if defined(FOURFOLD_AVX512BF16)
     if (arithmetic == Arithmetic::exact && isa >= PackedIsa::avx512bf16) return packed_exact_avx512;
 #endif
+#if defined(FOURFOLD_AVX2)
+    if (isa >= PackedIsa::avx2) return arithmetic == Arithmetic::int8 ? packed_int8_avx2 : packed_exact_avx2_floats;
+#endif
     (void)isa;
     return arithmetic == Arithmetic::int8 ? packed_int8_portable : packed_exact_portable;
 }
@@ -35,6 +38,10 @@ PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa isa) {
 #if defined(FOURFOLD_AVX512BF16)
     if (arithmetic == Arithmetic::exact && isa >= PackedIsa::avx512bf16) return prepare_exact_avx512;
 #endif
+#if defined(FOURFOLD_AVX2)
+    if (isa >= PackedIsa::avx2)
+        return arithmetic == Arithmetic::int8 ? prepare_int8_avx2_floats : prepare_exact_avx2_floats;
+#endif
     (void)isa;
     return arithmetic == Arithmetic::int8 ? prepare_int8_portable : prepare_exact_portable;
 }
@@ -43,6 +50,10 @@ PrepareRow prepare_of(Arithmetic arithmetic, PackedIsa isa) {
 
 bool packed_isa_usable(PackedIsa isa) {
     switch (isa) {
+#if defined(FOURFOLD_AVX2)
+        case PackedIsa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
 #if defined(FOURFOLD_AVX512VNNI)
         case PackedIsa::avx512vnni:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -82,6 +82,13 @@ void packed_int8_portable(const PackedLinear& call, std::int64_t tile_begin, std
 void packed_exact_portable(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void prepare_int8_portable(const float* x, std::int64_t k, void* row);
 void prepare_exact_portable(const float* x, std::int64_t k, void* row);
+#if defined(FOURFOLD_AVX2)
+void packed_int8_avx2(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void packed_int8_avx2_floats(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void packed_exact_avx2_floats(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void prepare_int8_avx2_floats(const float* x, std::int64_t k, void* row);
+void prepare_exact_avx2_floats(const float* x, std::int64_t k, void* row);
+#endif
 #if defined(FOURFOLD_AVX512VNNI)
 void packed_int8_avx512(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void prepare_int8_avx512(const float* x, std::int64_t k, void* row);

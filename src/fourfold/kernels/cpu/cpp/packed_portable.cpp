@@ -114,6 +114,16 @@ struct Exact {
     }
 };
 
+void store(const PackedLinear& p, std::int64_t t, std::int64_t first, std::int64_t count,
+           const Floats (&sums)[kRowsOfX][kParts]) {
+    const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
+    for (std::int64_t i = 0; i < count; ++i) {
+        float* out = p.out + (first + i) * p.out_stride + n;
+        for (std::int64_t r = 0; r < width; ++r)
+            out[r] = sums[i][r / kLanes][r % kLanes] + (p.weight.bias ? p.weight.bias[n + r] : 0.0f);
+    }
+}
+
 template <typename How>
 void rows_of_x(const PackedLinear& p, std::int64_t t, std::int64_t first, std::int64_t count) {
     const std::int64_t stride = prepared_row_bytes(How::kArithmetic, p.weight.k);
@@ -131,10 +141,7 @@ void rows_of_x(const PackedLinear& p, std::int64_t t, std::int64_t first, std::i
             add_block(codes, scales, x, x_scale, sums[i]);
         }
     }
-    const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
-    for (std::int64_t i = 0; i < count; ++i)
-        for (std::int64_t r = 0; r < width; ++r)
-            p.out[(first + i) * p.out_stride + n + r] = sums[i][r / kLanes][r % kLanes] + (p.weight.bias ? p.weight.bias[n + r] : 0.0f);
+    store(p, t, first, count, sums);
 }
 
 template <typename How>
