@@ -83,10 +83,13 @@ void decode_scales(WeightKind kind, const std::uint8_t* bytes, float unit, Float
 
 void add_block(const Block& codes, const Floats (&scales)[kParts], const float (&x)[32], float x_scale,
                Floats (&sums)[kParts]) {
-    Floats dots[kParts] = {};
-    for (int i = 0; i < 32; ++i)
-        for (int q = 0; q < kParts; ++q) dots[q] += codes[i][q] * x[i];
-    for (int q = 0; q < kParts; ++q) sums[q] += dots[q] * (scales[q] * x_scale);
+    Floats first[kParts] = {}, second[kParts] = {};  // two chains, for their latency
+    for (int i = 0; i < 16; ++i)
+        for (int q = 0; q < kParts; ++q) {
+            first[q] += codes[i][q] * x[i];
+            second[q] += codes[i + 16][q] * x[i + 16];
+        }
+    for (int q = 0; q < kParts; ++q) sums[q] += (first[q] + second[q]) * (scales[q] * x_scale);
 }
 
 struct Int8 {
