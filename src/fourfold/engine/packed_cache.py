@@ -2,9 +2,9 @@
 
 One file, ``.fourfold-packed/layout-<version>.bin`` in the checkpoint's folder (or, where that cannot be
 written, in the user's cache directory): a header that says what lies where, then the tiles as the kernels
-read them, the same for every processor. The header holds size and time of every file of the checkpoint, and a
-checksum of each weight; a file that is of another state of the checkpoint, cut short or damaged in any place
-counts as none, and is written anew. It may be deleted at any time.
+read them, the same for every processor. The header holds size and time of every file of the checkpoint, the
+version of this program, and a checksum of each weight; a file that is of another state of the checkpoint, cut
+short or damaged in any place counts as none, and is written anew. It may be deleted at any time.
 
 It is read into memory of large pages and checked on the way, by several threads, and not mapped: weights in a
 mapped file lie in small pages, which made single requests half as fast. The price is a copy, about 0.1 s for
@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fourfold import __version__
 from fourfold.checkpoint import Checkpoint
 from fourfold.core.durable import sync_folder
 from fourfold.kernels import native_available, threads
@@ -87,7 +88,7 @@ def checkpoint_files(checkpoint: Checkpoint) -> list[Path]:
 def state_of(files: list[Path]) -> dict[str, Any]:
     """What the cache must have been made from to be of use."""
     stats = {path.name: (status := path.stat()) and [status.st_size, status.st_mtime_ns] for path in files}
-    return {"layout": layout_version(), "files": stats}
+    return {"fourfold": __version__, "layout": layout_version(), "files": stats}
 
 
 def possible_places(files: list[Path]) -> list[Path]:
