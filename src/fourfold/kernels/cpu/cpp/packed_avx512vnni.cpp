@@ -39,31 +39,33 @@ struct Scales {
         return _mm512_mask_mov_ps(_mm512_scalef_ps(_mm512_set1_ps(1.0f), e), nan, _mm512_set1_ps(__builtin_nanf("")));
     }
 
+    // `bits` are those of 1.5 * 2^23 + s and `shift` added up
     __m512 add(__m512i bits, float x_scale, __m512 sum) const {
-        const __m512 scaled = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(bits, shift)), offset);
+        const __m512 scaled = _mm512_sub_ps(_mm512_castsi512_ps(bits), offset);
         return _mm512_fmadd_ps(scaled, _mm512_set1_ps(x_scale), sum);
     }
 
-    __m512 add_plain(__m512i bits, float x_scale, __m512 sum) const {
-        const __m512 dot = _mm512_cvtepi32_ps(_mm512_sub_epi32(bits, _mm512_set1_epi32(kRoundBits)));
-        return _mm512_fmadd_ps(dot, _mm512_mul_ps(plain, _mm512_set1_ps(x_scale)), sum);
+    __m512 add_plain(__m512i dot, float x_scale, __m512 sum) const {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(plain, _mm512_set1_ps(x_scale)), sum);
     }
 };
 
-inline __m512i dot_block(const __m512i (&codes)[8], const Int8Block& x) {
-    __m512i first = _mm512_set1_epi32(x.start), second = _mm512_setzero_si512();  // two chains, for their latency
+// kRoundBits + `from` + the sum over a block, in two chains for their latency.
+inline __m512i dot_block(const __m512i (&codes)[8], const Int8Block& x, __m512i from) {
+    __m512i first = _mm512_set1_epi32(x.start);
     for (int g = 0; g < 4; ++g) {
         first = _mm512_dpbusd_epi32(first, codes[g], broadcast4(x.codes + 4 * g));
-        second = _mm512_dpbusd_epi32(second, codes[g + 4], broadcast4(x.codes + 4 * g + 16));
+        from = _mm512_dpbusd_epi32(from, codes[g + 4], broadcast4(x.codes + 4 * g + 16));
     }
-    return _mm512_add_epi32(first, second);
+    return _mm512_add_epi32(first, from);
 }
 
 template <int MR, typename Add>
-inline void each_row(const __m512i (&codes)[8], const char* x, std::int64_t stride, __m512 (&sums)[MR], Add add) {
+inline void each_row(const __m512i (&codes)[8], __m512i from, const char* x, std::int64_t stride, __m512 (&sums)[MR],
+                     Add add) {
     for (int i = 0; i < MR; ++i) {
         const auto& block = *reinterpret_cast<const Int8Block*>(x + i * stride);
-        sums[i] = add(dot_block(codes, block), block.half_scale, sums[i]);
+        sums[i] = add(dot_block(codes, block, from), block.half_scale, sums[i]);
     }
 }
 
@@ -105,9 +107,10 @@ struct Dot : Weight {
         this->decode(block, codes);
         const Scales scale(scale_bytes, Weight::kUnit);
         if (__builtin_expect(scale.large, 0))
-            each_row(codes, x, stride, sums, [&](auto... operands) { return scale.add_plain(operands...); });
+            each_row(codes, _mm512_set1_epi32(-kRoundBits), x, stride, sums,
+                     [&](auto... operands) { return scale.add_plain(operands...); });
         else
-            each_row(codes, x, stride, sums, [&](auto... operands) { return scale.add(operands...); });
+            each_row(codes, scale.shift, x, stride, sums, [&](auto... operands) { return scale.add(operands...); });
     }
 };
 
