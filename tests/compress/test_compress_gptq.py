@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from layer_at_work import at_work, build_model, output_error, recipe_of, run_passes
+from layer_at_work import at_work, build_model, output_error, recipe_of, run_passes, tokens
 
+from fourfold.compress import quantize
+from fourfold.compress.calibrated import loop
+from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.passes import gptq
 from fourfold.compress.passes.gptq import Options, Statistics
 from fourfold.compress.passes.rtn import round_to_nearest
@@ -279,3 +282,22 @@ def test_the_kernel_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError):
             call(**changes)
+
+
+@pytest.mark.parametrize("passes", [("gptq",), ({"gptq": {"asymmetry": 0.0}},), ("smoothquant", "gptq")])
+def test_the_original_layer_runs_once_and_bytes_stay(tmp_path, monkeypatch, passes):
+    """Three layers, two batches: a run of the original layer that gptq looks at also gives its outputs."""
+    model = build_model(tmp_path / "model", num_hidden_layers=3)
+    monkeypatch.setitem(loop.TOKENS_PER_BATCH, "cpu", 4 * 32)
+    forward, runs = LayerWork.forward, []
+    monkeypatch.setattr(LayerWork, "forward", lambda self, hidden: runs.append(0) or forward(self, hidden))
+    counts, files = [], []
+    for name, shows in (("shown", None), ("anew", lambda *_: False)):
+        if shows is not None:
+            monkeypatch.setattr(loop.LayerLoop, "_passes_show_base", shows)
+        runs.clear()
+        quantize(model, tmp_path / name, recipe_of(*passes), calibration=tokens())
+        counts.append(len(runs))
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    assert counts[1] - counts[0] == (2 * 2 if passes == ("gptq",) else 0)

@@ -40,7 +40,8 @@ class NoOptions(Record):
 class Pass:
     """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
 
-    ``needs_base(options)``: its ``layer`` reads ``work.base_inputs``. ``options`` is the schema of what a
+    ``needs_base(options)``: its ``layer`` reads ``work.base_inputs``; with ``shows_base`` it observes all of
+    them before it changes the layer, so that nobody else need run them. ``options`` is the schema of what a
     recipe may say. ``only_after`` are the passes that may come before it; None: any.
     """
 
@@ -52,6 +53,7 @@ class Pass:
     layer: "Callable[[LayerWork, Any], None] | None" = None
     options: type[Record] = NoOptions
     needs_base: Callable[[Any], bool] = lambda options: False
+    shows_base: bool = False
     only_after: tuple[str, ...] | None = None
 
     @property

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fourfold.checkpoint.kv_scales import SCALED
+from fourfold.compress.calibrated.experts import SeparateExperts
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.memory import is_out_of_memory, no_room, release
 from fourfold.compress.calibrated.names import Source
@@ -176,14 +177,27 @@ class LayerLoop:
     def _step(self, index: int) -> FinishedLayer:
         work = self.begin(index)
         is_last = index + 1 == len(self.skeleton)
-        base_outputs = None if work.base_inputs is None or is_last else work.outputs(work.base_inputs)
+        wanted = work.base_inputs is not None and not is_last
+        if wanted and self._passes_show_base(work):
+            work.kept = {}
+        base_outputs = work.base_outputs() if wanted and work.kept is None else None
         finished = self._finish(work)
+        if work.kept is not None:
+            base_outputs = work.base_outputs()
         if self.original and base_outputs is not None:
             self._inputs, self._base_inputs = base_outputs, list(base_outputs)
         elif not is_last:
             self.restore(work, self.store.load_all(key_of(index), finished))
             self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
         return finished
+
+    def _passes_show_base(self, work: LayerWork) -> bool:
+        """Whether the passes themselves run the original layer. With experts they run it in part."""
+        layers = [(chosen, options) for chosen, options in self.passes if chosen.layer is not None]
+        if len(layers) != 1 or any(isinstance(module, SeparateExperts) for module in work.module.modules()):
+            return False
+        chosen, options = layers[0]
+        return chosen.shows_base and chosen.needs_base(options)
 
     def _halve_batches(self, what: str, reason: str) -> None:
         size = max(map(len, self._inputs))

@@ -27,6 +27,7 @@ class LayerWork:
     ``calls`` holds the other arguments of the layer by batch size. ``dtypes``, by a parameter's name in
     ``module``, says what it is stored as where it is not rounded to blocks. ``learned`` is what the pass at
     work learned beforehand over the whole model. ``cache``, where there is one, sees keys and values.
+    ``kept``, where there is one, gets the original layer's outputs by the id of a batch from ``observe``.
     """
 
     index: int
@@ -45,6 +46,7 @@ class LayerWork:
     routing: Routing = field(default_factory=lambda: Routing({}, [], set()))
     expert_tokens: list[ExpertTokens] = field(default_factory=list)
     cache: KVObserver | None = None
+    kept: dict[int, torch.Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +64,19 @@ class LayerWork:
     @torch.no_grad()
     def outputs(self, inputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """The layer's outputs for ``inputs``, as they are kept between layers."""
-        return [self.forward(hidden).to(HIDDEN_DTYPE).to(hidden.device) for hidden in inputs]
+        return [self._as_kept(hidden, self.forward(hidden)) for hidden in inputs]
+
+    def base_outputs(self) -> list[torch.Tensor]:
+        """The original layer's outputs for ``base_inputs``: ``kept``, or computed while it is itself."""
+        assert self.base_inputs is not None
+        kept = self.kept or {}
+        missing = [hidden for hidden in self.base_inputs if id(hidden) not in kept]
+        assert not (missing and self.blocks), "the layer is no longer the original one"
+        made = iter(self.outputs(missing))
+        return [kept[id(hidden)] if id(hidden) in kept else next(made) for hidden in self.base_inputs]
+
+    def _as_kept(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.to(HIDDEN_DTYPE).to(hidden.device)
 
     @torch.no_grad()
     def observe(
@@ -82,7 +96,9 @@ class LayerWork:
             with self.routing.observing(linear for _, linear in watched):
                 for hidden in self.inputs if inputs is None else inputs:
                     self.routing.lay_down(hidden)
-                    self.forward(hidden)
+                    output = self.forward(hidden)
+                    if self.kept is not None and not self.blocks:
+                        self.kept[id(hidden)] = self._as_kept(hidden, output)
         finally:
             for _, linear in watched:
                 linear.observer = None

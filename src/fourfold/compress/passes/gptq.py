@@ -313,4 +313,11 @@ def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Te
     return columns[diagonal.view(-1, size).sum(-1).argsort(descending=True, stable=True)].flatten()
 
 
-PASS = Pass("gptq", "round", layer=round_layer, options=Options, needs_base=lambda o: o.asymmetry > 0)
+PASS = Pass(
+    "gptq",
+    "round",
+    layer=round_layer,
+    options=Options,
+    needs_base=lambda o: o.asymmetry > 0,
+    shows_base=True,
+)
