@@ -7,6 +7,7 @@ from kernel_helpers import random_weight, random_x, values_of
 
 from fourfold.core.errors import FourfoldError
 from fourfold.formats import BlockTensor, get_format
+from fourfold.kernels import set_threads, threads
 from fourfold.kernels.cpu import native
 from fourfold.kernels.cpu.packed import PackedWeight, packed_isas
 from fourfold.kernels.reference import read_int8_blocks, round_to_int8_blocks
@@ -74,6 +75,21 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, arithmetic, kind):
     for count in (1, 2, 3, 5, 11, 16, 29):
         parts = [packed.linear(part, arithmetic, isa) for part in x.split(count)]
         assert torch.equal(together, torch.cat(parts))
+
+
+@each_arithmetic
+@pytest.mark.parametrize("m", [1, 37])
+def test_any_number_of_threads_gives_the_same_bits(arithmetic, m):
+    w, x, before = random_weight(1501, 576), random_x(m, 576, torch.float32), threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            set_threads(count)
+            packed = PackedWeight.pack(w)
+            results += [packed.linear(x, arithmetic) for _ in range(5)]
+    finally:
+        set_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @each_isa
@@ -192,3 +208,8 @@ def test_refusals_name_the_value():
         packed.linear(torch.ones(1, 96), isa="sse")
     with pytest.raises(ValueError, match="rows must lie"):
         packed.rows(torch.tensor([7]))
+    moved = torch.empty(packed.data.numel() + 1, dtype=torch.uint8)[1:].view(packed.data.shape)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        PackedWeight("mxfp4", 7, 96, moved).linear(torch.ones(1, 96))
+    with pytest.raises(ValueError, match="bytes of a tile"):
+        PackedWeight("int8", 7, 96, packed.data).linear(torch.ones(1, 96))
