@@ -42,9 +42,9 @@ TEXTS = Path(__file__).parents[2] / "src" / "fourfold" / "evaluate" / "texts"
 # to 4 bits.
 MOST_GAP_SAME_WEIGHTS = 0.1
 MOST_GAP_OF_MODEL = 3.0
-JUDGED = 8  # sequences of a round whose tokens are judged
 BUSY_ROWS = ("decode-1", "decode-8")
 BUSY_PEERS = ("fourfold", "llamacpp")
+BUSY_TOKENS = 32  # some engines become very slow
 
 
 def rows_of(large: bool) -> list[Row]:
@@ -107,7 +107,8 @@ class ModelBenchmark:
     def __init__(self, folder: Path, options: argparse.Namespace, work: Path):
         self.folder, self.options, self.work = folder, options, work
         self.config = json.loads((folder / "bf16" / "config.json").read_text())
-        self.rows = rows_of(self.config["hidden_size"] >= 2048)
+        large = self.config["hidden_size"] >= 2048
+        self.rows, self.judged_tokens = rows_of(large), 256 if large else 1024
         if options.quick:
             self.rows = [row.model_copy(update={"new_tokens": min(row.new_tokens, 4)}) for row in self.rows]
         if options.rows:
@@ -166,18 +167,21 @@ class ModelBenchmark:
                     self.measure(process, row, turn)
 
     def measure(self, process: Process, row: Row, turn: int) -> None:
-        """One row, one engine, one round. The first round's tokens will be judged."""
+        """One row, one engine, one round; the first tokens of a row are kept to be judged."""
         name, prompts = process.contender.name, self.prompts.take(row, turn)
         answer = process.ask("generate", prompts=prompts, count=row.new_tokens)
         self.rates.setdefault((row.name, name), []).append(rate(row, answer))
         print(f"  round {turn} {row.name:<12} {name:<30} {self.rates[row.name, name][-1]:>9.1f}", flush=True)
-        if turn == 1 or row.new_tokens == 1:
-            pair = prompts[:JUDGED], answer["tokens"][:JUDGED]
-            self.timed.setdefault((row.name, name), []).append(pair)
+        kept = self.timed.setdefault((row.name, name), [])
+        wanted = max(2, self.judged_tokens // (row.prompt_tokens + row.new_tokens))
+        room = wanted - sum(len(given) for given, _ in kept)
+        if room > 0:
+            kept.append((prompts[:room], answer["tokens"][:room]))
 
     def busy_rounds(self) -> None:
         """The same decoding beside a busy process on every core."""
-        rows = [row for row in self.rows if row.name in BUSY_ROWS]
+        few = {"new_tokens": BUSY_TOKENS}
+        rows = [row.model_copy(update=few) for row in self.rows if row.name in BUSY_ROWS]
         loaded = [p for p in self.engines if p.contender.peer in BUSY_PEERS]
         with busy_cores(self.options.threads if self.options.busy_rounds else 0):
             for turn in range(1, self.options.busy_rounds + 1):

@@ -37,13 +37,16 @@ class Transformers:
 
     @torch.inference_mode()
     def score(self, prompts: list[list[int]], tokens: list[list[int]]) -> list[dict[str, list[float]]]:
-        """For each continuation: ln p of its tokens, and of the likeliest token at each of its places."""
+        """For each continuation: ln p of its tokens, and of the likeliest token at each of its places.
+
+        All of them are equally long, prompts and continuations.
+        """
+        ids, count = torch.tensor([p + t for p, t in zip(prompts, tokens, strict=True)]), len(tokens[0])
+        logits = self.model(ids, logits_to_keep=count + 1).logits[:, :-1]
         found = []
-        for prompt, continuation in zip(prompts, tokens, strict=True):
-            ids = torch.tensor([prompt + continuation])
-            logits = self.model(ids, logits_to_keep=len(continuation) + 1).logits[0, :-1].float()
-            each = logits.log_softmax(-1)
-            own = each.gather(-1, torch.tensor(continuation)[:, None])[:, 0]
+        for row, continuation in zip(logits, torch.tensor(tokens), strict=True):
+            each = row.float().log_softmax(-1)
+            own = each.gather(-1, continuation[:, None])[:, 0]
             found.append({"own": own.tolist(), "best": each.amax(-1).tolist()})
         return found
 
