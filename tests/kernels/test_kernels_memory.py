@@ -1,8 +1,11 @@
 """Memory of large pages: aligned, its own, and gone with its last tensor."""
 
 import gc
+import re
 import weakref
+from pathlib import Path
 
+import pytest
 import torch
 
 from fourfold.kernels.cpu import memory
@@ -32,3 +35,23 @@ def test_a_chunk_goes_with_its_last_tensor_and_a_full_one_is_followed(monkeypatc
     del second, others
     gc.collect()
     assert chunk() is None
+
+
+def mapping_of(address: int) -> str:
+    """What Linux says of the mapping that holds ``address``."""
+    entries = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for entry in entries[1:]:
+        start, end = (int(part, 16) for part in entry.split(" ", 1)[0].split("-"))
+        if start <= address < end:
+            return entry
+    raise AssertionError("no mapping")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without large pages to ask for"
+)
+@pytest.mark.parametrize("count", [1000, memory.CHUNK])
+def test_large_pages_are_asked_for_where_they_can_be_had(count):
+    entry = mapping_of(large_pages(count).data_ptr())
+    assert entry.split()[1] == "rw-p", "shared memory has its own rules"
+    assert " hg" in entry
