@@ -96,13 +96,14 @@ class Decoder:
         self.shape = shape = Shape.of(config)
         self.dtype, self.prefix = weights.dtype, self.prefix_in(weights)
         embedding = (shape.vocabulary, shape.hidden)
-        self.embedding = weights.tensor(self.prefix + "embed_tokens.weight", embedding)
         self.embedding_scale = self.scale_of_embedding()
         self.rotaries = [Rotary(rope, shape.head_dim, weights.dtype) for rope in self.ropes(config)]
         self.layers = [self.build_layer(weights, f"{self.prefix}layers.{i}.", i) for i in range(shape.layers)]
         self.norm = self.build_norm(weights, self.prefix + "norm")
-        own_head = not shape.tied or weights.is_packed("lm_head.weight")
-        self.head = weights.linear("lm_head", *embedding) if own_head else Linear(self.embedding)
+        tokens = self.prefix + "embed_tokens"
+        self.tied = shape.tied and not weights.is_packed("lm_head.weight")
+        self.head = weights.linear(tokens if self.tied else "lm_head", *embedding)
+        self._embedding = None if self.tied else weights.tensor(tokens + ".weight", embedding)
         self.logit_softcap = self.softcap_of_logits(config)
 
     @classmethod
@@ -221,6 +222,14 @@ class Decoder:
     def hidden(self, token_ids: Tensor, attention: Attention) -> Tensor:
         """Float32 states [T, hidden] before the last norm, for ids [T] standing at attention.positions."""
         return self.through(self.embed(token_ids), attention, 0, len(self.layers))
+
+    @property
+    def embedding(self) -> Tensor:
+        """What tokens are looked up in, [V, hidden]."""
+        if self._embedding is None:
+            table = self.head.weight
+            self._embedding = table if isinstance(table, Tensor) else table.dequantize(self.dtype)
+        return self._embedding
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Float32 states [T, hidden] before the first layer."""

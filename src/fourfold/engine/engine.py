@@ -17,7 +17,8 @@ from fourfold.core.records import ModelCard
 from fourfold.engine.attention import DenseAttention, PagedAttention
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
 from fourfold.engine.loading import build_kv_format, choose_dtype, find_architecture, kv_block_count
-from fourfold.engine.native import NativeDecoder, compile
+from fourfold.engine.native import NativeDecoder, compile, obstacle
+from fourfold.engine.packed_cache import PackedCache
 from fourfold.engine.requests import (
     Completion,
     EngineConfig,
@@ -52,13 +53,22 @@ class Engine:
         self._kv_format = build_kv_format(checkpoint, config, self.model)
         self._card = self._card.model_copy(update={"kv_cache_format": self._kv_format.name})
         blocks = kv_block_count(config, shape, self._kv_format)
-        native = compile(self.model, self._kv_format, config)
-        self._native = native if isinstance(native, NativeDecoder) else None
-        self.arithmetic = f"torch: {native}" if isinstance(native, str) else native.arithmetic
+        self._native, self.arithmetic = self._compile(checkpoint, weights)
         self.cache = KVCache(shape.layers, blocks, config.kv_block_size, shape.kv_heads, self._kv_format)
         self.scheduler = Scheduler(config, BlockPool(blocks, config.kv_block_size, config.prefix_cache))
         self._sequences: dict[str, Sequence] = {}
         self._counters = EngineStats(kv_tokens_total=self.scheduler.pool.total * config.kv_block_size)
+
+    def _compile(self, checkpoint: Checkpoint, weights: Weights) -> tuple[NativeDecoder | None, str]:
+        """The model as a program and its arithmetic, or None and why torch computes it."""
+        if problem := obstacle(self.model, self._kv_format, self.config):
+            weights.read_all()
+            return None, f"torch: {problem}"
+        cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
+        native = compile(self.model, self._kv_format, self.config, cache)
+        if cache is not None:
+            cache.finish()
+        return native, native.arithmetic
 
     @classmethod
     def load(cls, source: str | Path, config: EngineConfig | None = None) -> "Engine":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fourfold.engine.kv_format import KVFormat
+from fourfold.kernels.cpu.memory import large_pages
 
 
 class KVCache:
@@ -24,7 +25,9 @@ class KVCache:
 
     def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, form: KVFormat):
         self.block_size, self.heads, self.form = block_size, kv_heads, form
-        self.data = torch.zeros(layers, blocks, block_size, 2 * kv_heads, form.width, dtype=form.stored_dtype)
+        shape = (layers, blocks, block_size, 2 * kv_heads, form.width)
+        # what no token has reached costs no memory yet
+        self.data = large_pages(*shape, form.stored_dtype.itemsize).view(form.stored_dtype).view(shape)
         self._slots = [layer.flatten(0, 1) for layer in self.data]
         self._blocks = [layer.flatten(1) for layer in self.data]
 

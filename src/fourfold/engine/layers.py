@@ -1,6 +1,7 @@
 """The pieces that model architectures are made of. All take and return rows of tokens: [T, features]."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,19 @@ from fourfold.formats import BlockTensor
 from fourfold.kernels import linear, rotate
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unread:
+    """A weight [out, in] in the block format ``format`` (None: plain) that ``read`` fetches when it is needed.
+
+    ``name`` is the checkpoint's, of all its parts where it is put together.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    format: str | None
+    read: Callable[[], Tensor | BlockTensor]
+
+
 class Linear:
     """x W^T + b with W [out, in] as it is held: a plain tensor, or packed blocks that stay packed.
 
@@ -19,16 +33,42 @@ class Linear:
     rounded to the format ``activation``.
     """
 
-    __slots__ = ("activation", "bias", "rotation", "weight")
+    __slots__ = ("_weight", "activation", "bias", "rotation")
 
     def __init__(
         self,
-        weight: Tensor | BlockTensor,
+        weight: Tensor | BlockTensor | Unread,
         bias: Tensor | None = None,
         activation: str | None = None,
         rotation: Tensor | None = None,
     ):
-        self.weight, self.bias, self.activation, self.rotation = weight, bias, activation, rotation
+        self._weight, self.bias, self.activation, self.rotation = weight, bias, activation, rotation
+
+    @property
+    def weight(self) -> Tensor | BlockTensor:
+        """W; read now, if it was not."""
+        if isinstance(self._weight, Unread):
+            self._weight = self._weight.read()
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: Tensor | BlockTensor) -> None:
+        self._weight = weight
+
+    @property
+    def name(self) -> str | None:
+        """What the checkpoint calls W, as long as that is not read."""
+        return self._weight.name if isinstance(self._weight, Unread) else None
+
+    @property
+    def format(self) -> str | None:
+        """The block format of W, None when it is plain; nothing is read."""
+        return None if isinstance(self._weight, Tensor) else self._weight.format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]; nothing is read."""
+        return tuple(self._weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         """X [..., in] -> [..., out]."""

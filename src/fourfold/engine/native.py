@@ -1,15 +1,16 @@
 """A decoder as one C++ program: a step is one call without the GIL, and Python only says what it is about.
 
-``compile`` looks first whether every piece of the model can be said in the program's operations. If so it
-packs the weights one by one, letting go of each tensor as it is packed, so that no more than one is ever
-held twice; else it says what stands in the way, and the model stays as it is, computed by torch. States are
-float32 between the linear layers, whose inputs are rounded to int8 in blocks of 32 (arithmetic ``int8``) or
-to bfloat16 (``exact``). A result depends neither on what is beside it in the batch nor on the threads.
+``obstacle`` says which piece of a model cannot be said in the program's operations; such a model is left to
+torch. ``compile`` reads and packs the weights of others one by one, letting go of each as it is packed, so
+that no more than one is ever held twice; those in the packed cache are not read at all. States are float32
+between the linear layers, whose inputs are rounded to int8 in blocks of 32 (arithmetic ``int8``) or to
+bfloat16 (``exact``). A result depends neither on what is beside it in the batch nor on the threads.
 """
 
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fourfold.engine.experts import MixtureOfExperts
 from fourfold.engine.kv_cache import KVCache
 from fourfold.engine.kv_format import AsComputed, Fp8, KVFormat
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
+from fourfold.engine.packed_cache import PackedCache
 from fourfold.engine.requests import ArithmeticName, EngineConfig
 from fourfold.engine.scheduler import Chunk
 from fourfold.formats import BlockTensor
@@ -38,7 +40,9 @@ KV_TYPES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "fp8"}
 class NativeDecoder:
     """A recorded model. Sequences' tokens go in, logits of the chosen rows or their largest come out."""
 
-    def __init__(self, model: Decoder, form: KVFormat, arithmetic: str, config: EngineConfig):
+    def __init__(
+        self, model: Decoder, form: KVFormat, arithmetic: str, config: EngineConfig, cache: PackedCache | None
+    ):
         shape = model.shape
         self.arithmetic, self.form, self.block_size = arithmetic, form, config.kv_block_size
         self.layers, self.kv_heads = shape.layers, shape.kv_heads
@@ -47,7 +51,7 @@ class NativeDecoder:
         self.program = Program(config.max_batch_tokens, shape.vocabulary, widest)
         self.hidden = self.program.buffer(shape.hidden)
         self.marks: list[int] = []  # where each layer begins, and the head
-        _Recording(self, model).record()
+        _Recording(self, model, cache).record()
 
     def use(self, cache: KVCache) -> None:
         """Keys and values go to ``cache`` and come from there from now on."""
@@ -133,7 +137,8 @@ class NativeDecoder:
 class _Recording:
     """Writes a decoder's operations down, packing its weights on the way."""
 
-    def __init__(self, target: NativeDecoder, model: Decoder):
+    def __init__(self, target: NativeDecoder, model: Decoder, cache: PackedCache | None):
+        self.cache = cache
         self.target, self.model, self.program = target, model, target.program
         self.shape, self.x, self.arithmetic = model.shape, target.hidden, target.arithmetic
         shape = self.shape
@@ -146,9 +151,10 @@ class _Recording:
 
     def record(self) -> None:
         model, program = self.model, self.program
-        tied, inputs = model.head.weight is model.embedding, self.inputs(model.head)
+        inputs = self.inputs(model.head)
+        table = None if model.tied else model.embedding
         head = self.pack(model.head)
-        program.embed(head if tied else model.embedding, model.embedding_scale, self.x)
+        program.embed(head if table is None else table, model.embedding_scale, self.x)
         for rotary, angles in zip(model.rotaries, self.angles, strict=True):
             program.angles(rotary.speeds, rotary.length, angles)
         for index, layer in enumerate(model.layers):
@@ -157,8 +163,6 @@ class _Recording:
             self.mlp(layer)
         self.target.marks.append(len(program))
         program.prepared(self.x, inputs, norm_of(model.norm), chosen=True)
-        if tied:
-            model.embedding = torch.empty(0)
         program.head(head, self.arithmetic_of(head), model.logit_softcap or 0.0)
 
     def attention(self, layer: Layer, index: int) -> None:
@@ -201,7 +205,7 @@ class _Recording:
 
     def mixture(self, layer: Layer, mlp: MixtureOfExperts) -> None:
         first = mlp.experts[0]
-        gating, width = first.gating, first.down.weight.shape[1]
+        gating, width = first.gating, first.down.shape[1]
         arithmetic = self.arithmetic if in_blocks(first.down) else "exact"
         router = mlp.router.weight
         assert isinstance(router, Tensor)
@@ -235,12 +239,14 @@ class _Recording:
 
     def pack(self, linear: Linear) -> PackedWeight:
         """The packed weight of ``linear``, whose own is let go."""
-        weight = linear.weight
-        if isinstance(weight, BlockTensor) and not in_blocks(linear):
-            weight = weight.dequantize(torch.bfloat16)
-        packed = PackedWeight.pack(weight, linear.bias)
+        name = linear.name
+        packed = self.cache.get(name) if self.cache is not None and name is not None else None
+        if packed is None:
+            packed = PackedWeight.pack(bfloat16_unless(in_blocks(linear), linear.weight))
+            if self.cache is not None and name is not None:
+                self.cache.put(name, packed)
         linear.weight = torch.empty(0)
-        return packed
+        return packed if linear.bias is None else replace(packed, bias=linear.bias.float().contiguous())
 
     def inputs(self, linear: Linear | FusedLinear) -> set[str]:
         return {self.arithmetic if in_blocks(part) else "exact" for part in parts_of(linear)}
@@ -249,16 +255,15 @@ class _Recording:
         return "exact" if packed.kind == "bf16" else self.arithmetic
 
 
-def compile(model: Decoder, form: KVFormat, config: EngineConfig) -> NativeDecoder | str:
-    """``model`` as a program, its weights packed and its tensors gone; or why that cannot be.
+def compile(
+    model: Decoder, form: KVFormat, config: EngineConfig, cache: PackedCache | None = None
+) -> NativeDecoder:
+    """``model``, which has no ``obstacle``, as a program, its weights packed and its tensors gone.
 
-    ``form`` is how the caches that it will use are held.
+    ``form`` is how the KV caches that it will use are held. Weights that ``cache`` has are not even read.
     """
-    problem = obstacle(model, form, config)
-    if problem is not None:
-        return problem
     arithmetic = "exact" if config.arithmetic == "exact" else "int8"
-    return NativeDecoder(model, form, arithmetic, config)
+    return NativeDecoder(model, form, arithmetic, config, cache)
 
 
 def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None:
@@ -283,18 +288,17 @@ def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None
         for part in (part for linear in linears for part in parts_of(linear)):
             if problem := linear_obstacle(part, config.arithmetic):
                 return problem
-    head = model.head.weight
-    if isinstance(head, BlockTensor) and not exact_in_bfloat16(head.format):
-        return f"the head is in {head.format}"
+    if model.head.format is not None and not exact_in_bfloat16(model.head.format):
+        return f"the head is in {model.head.format}"
     return inputs_obstacle(model.head, config.arithmetic)
 
 
 def mixture_obstacle(mixture: MixtureOfExperts) -> str | None:
     """Why the experts cannot be computed together, or None."""
-    if not isinstance(mixture.router.weight, Tensor):
+    if mixture.router.format is not None:
         return "the router is quantized"
     kinds = {
-        part.weight.format if isinstance(part.weight, BlockTensor) else None
+        part.format
         for expert in mixture.experts
         for linear in (expert.gate_up, expert.down)
         for part in parts_of(linear)
@@ -302,14 +306,14 @@ def mixture_obstacle(mixture: MixtureOfExperts) -> str | None:
     fused = all(isinstance(expert.gate_up, Linear) for expert in mixture.experts)
     if len(kinds) > 1 or not fused:
         return "experts are in different formats"
-    width = mixture.experts[0].down.weight.shape[1]
+    width = mixture.experts[0].down.shape[1]
     return f"experts are {width} wide, no multiple of {TILE_ROWS}" if width % TILE_ROWS else None
 
 
 def linear_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
     """Why ``linear`` cannot be computed in ``arithmetic``, or None."""
-    if isinstance(linear.weight, BlockTensor) and not in_blocks(linear):
-        return f"weights are in {linear.weight.format}"
+    if linear.format is not None and not in_blocks(linear):
+        return f"weights are in {linear.format}"
     return inputs_obstacle(linear, arithmetic)
 
 
@@ -324,7 +328,14 @@ def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
 
 def in_blocks(linear: Linear) -> bool:
     """Whether the program holds the weight in blocks too; others become bfloat16."""
-    return isinstance(linear.weight, BlockTensor) and linear.weight.format in PACKED_FORMATS
+    return linear.format in PACKED_FORMATS
+
+
+def bfloat16_unless(in_blocks: bool, weight: Tensor | BlockTensor) -> Tensor | BlockTensor:
+    """``weight``, dequantized unless it may stay in blocks."""
+    if in_blocks or isinstance(weight, Tensor):
+        return weight
+    return weight.dequantize(torch.bfloat16)
 
 
 def norm_of(norm: RMSNorm) -> Norm:

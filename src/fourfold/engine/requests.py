@@ -50,6 +50,9 @@ class EngineConfig(Record):
         description="of linear layers; int8: inputs rounded to int8 in blocks of 32, exact: only to dtype; "
         "auto: int8 where the checkpoint's own rounding of inputs is none, or of 8 bits",
     )
+    packed_cache: bool = Field(
+        default=True, description="keep packed weights on disk beside the checkpoint, for the next start"
+    )
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of an equal prompt beginning")
     speculative_tokens: int = Field(
         default=0,

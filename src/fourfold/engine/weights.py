@@ -1,13 +1,16 @@
 """From a checkpoint's tensors to layers: checked, fused where inputs are shared, blocks kept packed."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from fourfold.checkpoint import Checkpoint
 from fourfold.core.errors import FourfoldError
-from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
+from fourfold.engine.layers import FusedLinear, Linear, RMSNorm, Unread
 from fourfold.formats import ROTATION_SIZE, BlockTensor, hadamard
 
+WHOLE_TENSOR_SCALES = ("nvfp4", "fp8-tensor")
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -17,6 +20,7 @@ class Weights:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
         self.checkpoint, self.dtype = checkpoint, dtype
         self._names = set(checkpoint.names())
+        self.unread: list[Linear] = []
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has the parameter ``name``."""
@@ -63,9 +67,23 @@ class Weights:
 
     def linear(self, module: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
         """The linear layer ``module``, its weight [out, in] as held and its scheme's activation format."""
-        weight = self.raw(f"{module}.weight", (out_features, in_features))
+        name, shape = f"{module}.weight", (out_features, in_features)
+        form = self.checkpoint.info(name).format if name in self._names else None
         offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
-        return Linear(weight, offset, self.activation(module), self.rotation(module))
+        linear = Linear(
+            Unread(name, shape, form, lambda: self.raw(name, shape)),
+            offset,
+            self.activation(module),
+            self.rotation(module),
+        )
+        self.unread.append(linear)
+        return linear
+
+    def read_all(self) -> None:
+        """Read every weight that has not been. Raises FourfoldError as ``held`` does."""
+        for linear in self.unread:
+            _ = linear.weight
+        self.unread.clear()
 
     def activation(self, module: str) -> str | None:
         """The format that inputs of ``module`` are rounded to, or None."""
@@ -89,11 +107,26 @@ class Weights:
     ) -> Linear | FusedLinear:
         """Layers ``prefix`` + name of one input, rows one after the other, as one weight where possible."""
         parts = [self.linear(prefix + name, size, in_features, bias) for name, size in outs.items()]
-        weight = concatenate([part.weight for part in parts])
-        if weight is None or len({part.activation for part in parts}) > 1 or not same_rotation(parts):
+        if not self._may_fuse(prefix, outs) or len({part.activation for part in parts}) > 1:
+            return FusedLinear(parts)
+        if not same_rotation(parts):
             return FusedLinear(parts)
         offsets = [part.bias for part in parts if part.bias is not None]
-        return Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation)
+        weight = Unread(
+            f"{prefix}{'+'.join(outs)}.weight",
+            (sum(outs.values()), in_features),
+            parts[0].format,
+            lambda: concatenate([part.weight for part in parts]),
+        )
+        fused = Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation)
+        self.unread[-len(parts) :] = [fused]
+        return fused
+
+    def _may_fuse(self, prefix: str, names: Iterable[str]) -> bool:
+        """Whether all layers ``prefix`` + name are held alike, and none under a scale of the whole tensor."""
+        held = [f"{prefix}{name}.weight" for name in names]
+        forms = {self.checkpoint.info(name).format for name in held if name in self._names}
+        return len(forms) <= 1 and forms.isdisjoint(WHOLE_TENSOR_SCALES)
 
 
 def same_rotation(parts: list[Linear]) -> bool:
@@ -102,18 +135,15 @@ def same_rotation(parts: list[Linear]) -> bool:
     return not given or (len(given) == len(parts) and all(torch.equal(given[0], r) for r in given))
 
 
-def concatenate(weights: list[Tensor | BlockTensor]) -> Tensor | BlockTensor | None:
-    """Weights [n_i, K] as one [sum n_i, K]; None when held differently or with a tensor-wide scale."""
-    plain = [w for w in weights if isinstance(w, Tensor)]
-    if len(plain) == len(weights):
-        return torch.cat(plain)
+def concatenate(weights: list[Tensor | BlockTensor]) -> Tensor | BlockTensor:
+    """Weights [n_i, K], all held alike, as one [sum n_i, K]."""
     packed = [w for w in weights if isinstance(w, BlockTensor)]
-    by_row = all(w.scales.ndim == 2 and w.global_scale is None for w in packed)
-    if plain or not by_row or len({(w.format, w.scale_rule) for w in packed}) > 1:
-        return None
+    if not packed:
+        return torch.cat([w for w in weights if isinstance(w, Tensor)])
+    rules = {w.scale_rule for w in packed}
     return BlockTensor(
         packed[0].format,
         torch.cat([w.blocks for w in packed]),
         torch.cat([w.scales for w in packed]),
-        packed[0].scale_rule,
+        rules.pop() if len(rules) == 1 else None,
     )
