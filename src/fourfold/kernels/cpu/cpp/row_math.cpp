@@ -122,15 +122,26 @@ FOURFOLD_CLONES void widen_row(const std::uint16_t* bf16, std::int64_t n, float*
 }
 
 FOURFOLD_CLONES std::int64_t argmax_row(const float* x, std::int64_t n) {
+    constexpr std::int64_t kTogether = 512;  // only where the largest is, are single values looked at
     float largest = -INFINITY;
-    int unordered = 0;
-#pragma omp simd reduction(max : largest) reduction(| : unordered)
-    for (std::int64_t i = 0; i < n; ++i) {
-        largest = x[i] > largest ? x[i] : largest;
-        unordered |= x[i] != x[i];
+    std::int64_t best = 0;
+    for (std::int64_t begin = 0; begin < n; begin += kTogether) {
+        const std::int64_t end = begin + kTogether < n ? begin + kTogether : n;
+        float here = -INFINITY;
+        std::int32_t unordered = 0;
+#pragma omp simd reduction(max : here) reduction(+ : unordered)
+        for (std::int64_t i = begin; i < end; ++i) {
+            here = x[i] > here ? x[i] : here;
+            unordered += x[i] != x[i] ? 1 : 0;
+        }
+        if (unordered) {
+            for (std::int64_t i = begin;; ++i)
+                if (x[i] != x[i]) return i;
+        }
+        if (here > largest) largest = here, best = begin;
     }
-    for (std::int64_t i = 0; i < n; ++i)
-        if (unordered ? x[i] != x[i] : x[i] == largest) return i;
+    for (std::int64_t i = best; i < n; ++i)
+        if (x[i] == largest) return i;
     return 0;
 }
 
