@@ -107,17 +107,18 @@ std::int64_t ExpertLinear::chunks(const Step&) {
     std::int64_t most = 1;
     for (std::size_t e = 0; e < weights_.size(); ++e)
         for (std::int64_t row = routing_.first[e]; row < routing_.first[e + 1]; row += kRowsTogether) {
-            pieces_.push_back({&weights_[e], row, std::min<std::int64_t>(kRowsTogether, routing_.first[e + 1] - row), 0, 0});
+            pieces_.push_back({&weights_[e], row, std::min<std::int64_t>(kRowsTogether, routing_.first[e + 1] - row), 0, 0, 0});
             most = std::max(most, pieces_.back().rows);
         }
-    cut(most);
+    cut(most, static_cast<std::int64_t>(pieces_.size()));
     return static_cast<std::int64_t>(pieces_.size()) * ranges_;
 }
 
 void ExpertLinear::run(const Step&, std::int64_t chunk, void* scratch) {
     Piece piece = pieces_[at(chunk / ranges_)];
-    piece.begin = chunk % ranges_ * grain_;
-    piece.end = std::min(piece.begin + grain_, tiles_);
+    piece.range = chunk % ranges_;
+    piece.begin = range_begin(piece.range);
+    piece.end = range_end(piece.range);
     compute(piece, scratch);
 }
 

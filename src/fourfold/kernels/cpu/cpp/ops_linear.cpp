@@ -10,6 +10,7 @@ namespace {
 constexpr std::int64_t kScratchValues = 1 << 15; // sums of a chunk that are added to what is there
 constexpr std::int64_t kChunkNs = 2000;
 constexpr std::int64_t kChunksPerThread = 8;
+constexpr std::int64_t kFewRows = 16;  // up to so many, reading the weight takes longest
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -26,29 +27,37 @@ Linear::Linear(LinearPath path)
 
 std::int64_t Linear::chunks(const Step& step) {
     rows_ = path_.head ? step.chosen_rows : step.rows;
-    cut(std::min(rows_, kRowsTogether));
-    return divide_up(rows_, kRowsTogether) * ranges_;
+    const std::int64_t pieces = divide_up(rows_, kRowsTogether);
+    cut(std::min(rows_, kRowsTogether), pieces);
+    return pieces * ranges_;
 }
 
-void Linear::cut(std::int64_t together) {
+void Linear::cut(std::int64_t together, std::int64_t pieces) {
     const std::int64_t cost = tile_ns(path_.weight, path_.input.arithmetic, together) * (path_.sink == Sink::gate ? 2 : 1);
-    const std::int64_t fair = divide_up(tiles_, kChunksPerThread * threads());
     const std::int64_t most = kScratchValues / kTileRows / std::max<std::int64_t>(1, together);
+    const bool several = pieces != 1 || path_.sink == Sink::store;  // only the others need scratch
+    long_ranges_ = pieces == 1 && together <= kFewRows ? threads() : 0;
+    long_ = tiles_ * 3 / (4 * threads());
+    if (!several) long_ = std::min(long_, most);
+    if (long_ == 0) long_ranges_ = 0;
+    const std::int64_t rest = tiles_ - long_ranges_ * long_;
+    const std::int64_t fair = divide_up(rest * pieces, kChunksPerThread * threads());
     const std::int64_t wanted = std::max(fair, kChunkNs / cost);
-    grain_ = std::max<std::int64_t>(1, std::min({wanted, divide_up(tiles_, threads()), most}));
-    ranges_ = divide_up(tiles_, grain_);
+    grain_ = std::max<std::int64_t>(1, std::min({wanted, divide_up(rest, threads()), most}));
+    ranges_ = long_ranges_ + divide_up(rest, grain_);
 }
 
 void Linear::run(const Step&, std::int64_t chunk, void* scratch) {
-    const std::int64_t row = chunk / ranges_ * kRowsTogether, begin = chunk % ranges_ * grain_;
-    compute({&path_.weight, row, std::min(kRowsTogether, rows_ - row), begin, std::min(begin + grain_, tiles_)}, scratch);
+    const std::int64_t row = chunk / ranges_ * kRowsTogether, range = chunk % ranges_;
+    const std::int64_t rows = std::min(kRowsTogether, rows_ - row);
+    compute({&path_.weight, row, rows, range, range_begin(range), range_end(range)}, scratch);
 }
 
 void Linear::compute(const Piece& piece, void* scratch) {
     if (path_.sink == Sink::add) add(piece, static_cast<float*>(scratch));
     else if (path_.sink == Sink::gate) gate(piece, static_cast<float*>(scratch));
     else multiply(piece, 0, path_.out.row(piece.row), path_.out.stride);
-    computed(piece.row, piece.rows, piece.begin, piece.end);
+    computed(piece);
 }
 
 // The piece's tiles, counted from tile `tile` of the weight on, into columns of `out` as they are counted there.
@@ -76,19 +85,19 @@ void Linear::gate(const Piece& piece, float* scratch) const {
         gate_row(path_.gate, scratch + i * columns, up + i * columns, columns, path_.out.row(piece.row + i) + first);
 }
 
-void Linear::computed(std::int64_t, std::int64_t, std::int64_t, std::int64_t) {}
+void Linear::computed(const Piece&) {}
 
 std::int64_t Linear::scratch_bytes() const { return path_.sink == Sink::store ? 0 : 2 * kScratchValues * 4; }
 
 Logits::Logits(LinearPath path, std::int64_t most_rows, float cap)
     : Linear(path), cap_(cap), best_(new std::int32_t[static_cast<std::size_t>(most_rows * packed_tiles(path.weight.n))]) {}
 
-void Logits::computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end) {
-    const std::int64_t first = begin * kTileRows, last = std::min(end * kTileRows, path_.weight.n);
-    for (std::int64_t i = row; i < row + rows; ++i) {
+void Logits::computed(const Piece& piece) {
+    const std::int64_t first = piece.begin * kTileRows, last = std::min(piece.end * kTileRows, path_.weight.n);
+    for (std::int64_t i = piece.row; i < piece.row + piece.rows; ++i) {
         if (cap_ > 0.0f) cap_row(cap_, last - first, path_.out.row(i) + first);
         const std::int64_t at = first + argmax_row(path_.out.row(i) + first, last - first);
-        best_[i * ranges_ + begin / grain_] = static_cast<std::int32_t>(at);
+        best_[i * ranges_ + piece.range] = static_cast<std::int32_t>(at);
     }
 }
 

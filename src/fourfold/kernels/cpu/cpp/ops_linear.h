@@ -34,16 +34,25 @@ protected:
     // Rows [row, row + rows) of the prepared input and of out, times tiles [begin, end) of out.
     struct Piece {
         const PackedWeight* weight;
-        std::int64_t row, rows, begin, end;
+        std::int64_t row, rows, range, begin, end;
     };
-    // Sets grain and ranges for chunks of `together` rows each.
-    void cut(std::int64_t together);
+    // Ranges of tiles for chunks of `together` rows each, when `pieces` sets of rows or weights go through them all.
+    void cut(std::int64_t together, std::int64_t pieces);
+    std::int64_t range_begin(std::int64_t range) const {
+        return range < long_ranges_ ? range * long_ : long_ranges_ * long_ + (range - long_ranges_) * grain_;
+    }
+    std::int64_t range_end(std::int64_t range) const {
+        const std::int64_t end = range_begin(range) + (range < long_ranges_ ? long_ : grain_);
+        return end < tiles_ ? end : tiles_;
+    }
     void compute(const Piece& piece, void* scratch);
-    // Rows [row, row + rows) times tiles [begin, end) are in `out`.
-    virtual void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end);
+    // A piece is in `out`.
+    virtual void computed(const Piece& piece);
     const LinearPath path_;
     const std::int64_t tiles_;  // of out: half the weight's where it gates itself
-    std::int64_t rows_ = 0, grain_ = 1, ranges_ = 1;  // of the step: rows; tiles of a chunk; ranges of tiles
+    std::int64_t rows_ = 0, ranges_ = 1;  // of the step
+    // A weight that is read from memory is best read in one run, so each thread begins with a long range.
+    std::int64_t long_ranges_ = 0, long_ = 0, grain_ = 1;
 
 private:
     void multiply(const Piece& piece, std::int64_t tile, float* out, std::int64_t stride) const;
@@ -60,7 +69,7 @@ public:
 private:
     friend class Argmax;
     const float cap_;
-    void computed(std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end) override;
+    void computed(const Piece& piece) override;
     const std::unique_ptr<std::int32_t[]> best_;  // [rows, ranges]; not touched before it is used
 };
 
