@@ -1,5 +1,8 @@
 """The decoder as one C++ program: near float32's logits, and the same bits however the work is cut."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from engine_models import CASES, build_case, continue_all, drain, greedy, load, prompt
@@ -7,6 +10,7 @@ from engine_models import CASES, build_case, continue_all, drain, greedy, load, 
 from fourfold.compress import Recipe, quantize
 from fourfold.engine import Request
 from fourfold.kernels import native_available, set_threads, threads
+from fourfold.kernels.cpu.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the C++ extension is not built")
 
@@ -142,6 +146,18 @@ def test_greedy_tokens_are_the_largest_logits(packed, kv_cache, arithmetic):
     answer = continue_all(engine, [tokens], greedy(10))[0]
     logits = engine.logits(tokens + answer)
     assert answer == logits[len(tokens) - 1 : -1].argmax(-1).tolist()
+
+
+def test_the_next_start_reads_what_was_packed(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("fourfold.engine.engine.LEAST_CACHED_BYTES", 0)
+    folder = shutil.copytree(packed, tmp_path / "model")
+    first = native(folder).logits(TOKENS)
+    monkeypatch.setattr(PackedWeight, "pack", None)
+    if "gpt_oss" in json.loads((folder / "config.json").read_text())["model_type"]:
+        return  # its experts are views into one tensor, and not cached
+    assert np.array_equal(native(folder).logits(TOKENS), first)
+    with pytest.raises(TypeError):
+        native(folder, packed_cache=False)
 
 
 def test_what_the_program_cannot_say_is_left_to_torch(tiny_llama, tmp_path):

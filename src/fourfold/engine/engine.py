@@ -34,6 +34,7 @@ from fourfold.engine.tokenizer import Tokenizer
 from fourfold.engine.weights import Weights
 
 HEAD_SLICE_TOKENS = 128
+LEAST_CACHED_BYTES = 32 << 20  # less is packed as soon as it is read
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
             return None, f"torch: {problem}"
         cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
         native = compile(self.model, self._kv_format, self.config, cache)
-        if cache is not None:
+        if cache is not None and native.packed_bytes >= LEAST_CACHED_BYTES:
             cache.finish()
         return native, native.arithmetic
 

@@ -51,6 +51,7 @@ class NativeDecoder:
         self.program = Program(config.max_batch_tokens, shape.vocabulary, widest)
         self.hidden = self.program.buffer(shape.hidden)
         self.marks: list[int] = []  # where each layer begins, and the head
+        self.packed_bytes = 0
         _Recording(self, model, cache).record()
 
     def use(self, cache: KVCache) -> None:
@@ -246,6 +247,7 @@ class _Recording:
             if self.cache is not None and name is not None:
                 self.cache.put(name, packed)
         linear.weight = torch.empty(0)
+        self.target.packed_bytes += packed.data.nbytes
         return packed if linear.bias is None else replace(packed, bias=linear.bias.float().contiguous())
 
     def inputs(self, linear: Linear | FusedLinear) -> set[str]:
