@@ -54,6 +54,7 @@ def top_p(weights: np.ndarray, tokens: np.ndarray | None, p: float) -> np.ndarra
         heavy = np.flatnonzero(among >= floor)
     heavy = heavy[np.argsort(-among[heavy], kind="stable")]
     before = among[heavy].cumsum(dtype=np.float64) - among[heavy]
+    before[0] = -1.0  # the likeliest stays, however small p is
     heavy = np.sort(heavy[before < enough])
     return heavy if tokens is None else tokens[heavy]
 

@@ -15,7 +15,7 @@ from fourfold.kernels import linear, rotate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unread:
-    """A weight [out, in] in the block format ``format`` (None: plain) that ``read`` fetches when it is needed.
+    """A weight [out, in] in blocks of ``format`` (None: plain) that ``read`` fetches when it is needed.
 
     ``name`` is the checkpoint's, of all its parts where it is put together.
     """

@@ -118,7 +118,9 @@ class Weights:
             parts[0].format,
             lambda: concatenate([part.weight for part in parts]),
         )
-        fused = Linear(weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation)
+        fused = Linear(
+            weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation
+        )
         self.unread[-len(parts) :] = [fused]
         return fused
 
