@@ -52,6 +52,7 @@ def mapping_of(address: int) -> str:
 )
 @pytest.mark.parametrize("count", [1000, memory.CHUNK])
 def test_large_pages_are_asked_for_where_they_can_be_had(count):
-    entry = mapping_of(large_pages(count).data_ptr())
+    tensor = large_pages(count)
+    entry = mapping_of(tensor.data_ptr())
     assert entry.split()[1] == "rw-p", "shared memory has its own rules"
     assert " hg" in entry
