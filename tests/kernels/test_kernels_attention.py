@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fourfold.kernels import set_threads, threads
-from fourfold.kernels.cpu import attention, cpu_features, native
+from fourfold.kernels.cpu import attention, native
 from fourfold.kernels.cpu.attention import Softmax
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
-ISAS = [name for name, usable in cpu_features().items() if usable]
+ISAS = native.attention_isas() if native is not None else []
 TYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8": torch.uint8}
 SIZE = 16
 

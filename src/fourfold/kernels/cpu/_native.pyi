@@ -26,6 +26,9 @@ def attention(
 ) -> None:
     """See attention.py; every tensor is a matrix: cache [blocks, rest], spans int64 [n, 3], tables int32."""
 
+def attention_isas() -> list[str]:
+    """What ``isa`` can be here, slowest first."""
+
 def write_kv(
     kv: Tensor,
     cache: Tensor,

@@ -13,6 +13,7 @@
 #include <memory>
 
 #include "attention_kernel.h"
+#include "mxfp4.h"
 
 namespace fourfold {
 namespace {
@@ -204,13 +205,18 @@ void run_item(const Work& work) {
     finish(work, states);
 }
 
-const AttentionKernel& kernel_for(Isa isa, KVType type) {
-    const auto runs = [isa](Isa it) { return isa == it || (isa == Isa::automatic && cpu_has(it)); };
+const AttentionKernel& kernel_for(AttentionIsa isa, KVType type) {
+    const auto runs = [isa](AttentionIsa it) {
+        return (isa == AttentionIsa::automatic || isa >= it) && attention_has(it);
+    };
 #if defined(FOURFOLD_AVX512BF16)
-    if (type != KVType::f32 && runs(Isa::avx512bf16)) return kAttentionAvx512Bf16[static_cast<int>(type)];
+    if (type != KVType::f32 && runs(AttentionIsa::avx512bf16)) return kAttentionAvx512Bf16[static_cast<int>(type)];
 #endif
 #if defined(FOURFOLD_AVX512)
-    if (runs(Isa::avx512) || runs(Isa::avx512bf16)) return kAttentionAvx512[static_cast<int>(type)];
+    if (runs(AttentionIsa::avx512)) return kAttentionAvx512[static_cast<int>(type)];
+#endif
+#if defined(FOURFOLD_AVX2)
+    if (runs(AttentionIsa::avx2)) return kAttentionAvx2;
 #endif
     (void)runs;
     (void)type;
@@ -218,6 +224,24 @@ const AttentionKernel& kernel_for(Isa isa, KVType type) {
 }
 
 }  // namespace
+
+bool attention_has(AttentionIsa isa) {
+    switch (isa) {
+        case AttentionIsa::avx512bf16:
+            return cpu_has(Isa::avx512bf16);
+        case AttentionIsa::avx512:
+            return cpu_has(Isa::avx512);
+#if defined(FOURFOLD_AVX2)
+        case AttentionIsa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+        case AttentionIsa::automatic:
+        case AttentionIsa::portable:
+            return true;
+        default:
+            return false;
+    }
+}
 
 void key_offsets(const KeyTile& tile, std::int64_t count, std::int64_t* offsets) {
     const AttentionProblem& p = *tile.problem;
@@ -245,7 +269,7 @@ std::int64_t attention_items(const AttentionProblem& p) {
     return items;
 }
 
-void attention(const AttentionProblem& problem, std::int64_t item_begin, std::int64_t item_end, Isa isa) {
+void attention(const AttentionProblem& problem, std::int64_t item_begin, std::int64_t item_end, AttentionIsa isa) {
     const AttentionKernel& kernel = kernel_for(isa, problem.type);
     for (std::int64_t i = item_begin; i < item_end; ++i) run_item(Work{problem, kernel, find_item(problem, i)});
 }

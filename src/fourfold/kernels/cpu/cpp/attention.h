@@ -18,9 +18,10 @@
 
 #include <cstdint>
 
-#include "mxfp4.h"
-
 namespace fourfold {
+
+enum class AttentionIsa : int { automatic, portable, avx2, avx512, avx512bf16 };
+bool attention_has(AttentionIsa isa);  // the processor has it and this build holds it
 
 enum class KVType : int { bf16, f32, fp8 };
 
@@ -51,7 +52,7 @@ std::int64_t attention_scratch_bytes(std::int64_t heads, std::int64_t kv_heads, 
                                      std::int64_t longest);
 std::int64_t attention_items(const AttentionProblem& problem);
 void attention(const AttentionProblem& problem, std::int64_t item_begin, std::int64_t item_end,
-               Isa isa = Isa::automatic);
+               AttentionIsa isa = AttentionIsa::automatic);
 
 struct KVWrite {
     const float* kv;  // [T, 2 * kv_heads, head_dim], keys' heads first, rows `stride` floats apart
@@ -63,6 +64,7 @@ struct KVWrite {
 };
 
 // Rows [row_begin, row_end) into the cache: bf16 to nearest even; E4M3 likewise, saturating at +-448 * scale.
-void write_kv(const KVWrite& write, std::int64_t row_begin, std::int64_t row_end, Isa isa = Isa::automatic);
+void write_kv(const KVWrite& write, std::int64_t row_begin, std::int64_t row_end,
+              AttentionIsa isa = AttentionIsa::automatic);
 
 }  // namespace fourfold

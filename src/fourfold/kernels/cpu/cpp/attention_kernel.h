@@ -47,6 +47,9 @@ constexpr std::int64_t kFewRows = 8;
 void key_offsets(const KeyTile& tile, std::int64_t count, std::int64_t* offsets);
 
 extern const AttentionKernel kAttentionPortable;
+#if defined(FOURFOLD_AVX2)
+extern const AttentionKernel kAttentionAvx2;
+#endif
 #if defined(FOURFOLD_AVX512)
 extern const AttentionKernel kAttentionAvx512[3];  // by KVType
 #endif

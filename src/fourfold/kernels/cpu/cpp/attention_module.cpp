@@ -21,6 +21,14 @@ namespace {
 
 constexpr std::int64_t kMostHeadDim = 1024;
 
+constexpr const char* kIsas[] = {"auto", "portable", "avx2", "avx512", "avx512bf16"};
+
+AttentionIsa attention_isa(const std::string& name) {
+    for (int i = 0; i < 5; ++i)
+        if (name == kIsas[i] && attention_has(static_cast<AttentionIsa>(i))) return static_cast<AttentionIsa>(i);
+    throw nb::value_error("isa must be one of auto, portable, avx2, avx512, avx512bf16, and one that can run here");
+}
+
 KVType kv_type(const Matrix& cache) {
     auto type = cache.dtype();
     if (type == nb::dtype<float>()) return KVType::f32;
@@ -73,12 +81,12 @@ struct Spans {
 
 struct Task {
     const AttentionProblem& problem;
-    Isa isa;
+    AttentionIsa isa;
 };
 
 struct WriteTask {
     KVWrite write;
-    Isa isa;
+    AttentionIsa isa;
 };
 
 struct Free {
@@ -90,7 +98,7 @@ void attend(nb::handle q_tensor, nb::handle cache_tensor, nb::handle span_tensor
             float softcap, std::int64_t window, nb::handle kv_scales, nb::handle sinks, const std::string& isa_name) {
     Matrix q(q_tensor, "q"), cache(cache_tensor, "cache"), out(out_tensor, "out", true);
     Matrix spans(span_tensor, "spans"), tables(table_tensor, "tables");
-    const Isa isa = parse_isa(isa_name);
+    const AttentionIsa isa = attention_isa(isa_name);
     if (head_dim < 16 || head_dim % 16 || head_dim > kMostHeadDim)
         throw nb::value_error("head_dim must be 16, 32, ... 1024");
     if (kv_heads < 1 || q.columns() % (kv_heads * head_dim)) q.fail("must be [T, heads * head_dim]");
@@ -131,7 +139,7 @@ void write(nb::handle kv_tensor, nb::handle cache_tensor, nb::handle slot_tensor
             slots.fail("name a slot that is not there");
     const WriteTask task{{kv.data<const float>(), width, kv_heads, head_dim, cache.data(), kv_type(cache),
                         optional_row(kv_scales, "kv_scales", 2 * kv_heads), slots.data<const std::int32_t>()},
-                         parse_isa(isa_name)};
+                         attention_isa(isa_name)};
     nb::gil_scoped_release unlocked;
     auto body = [](const void* context, std::int64_t begin, std::int64_t end) {
         auto& it = *static_cast<const WriteTask*>(context);
@@ -140,12 +148,20 @@ void write(nb::handle kv_tensor, nb::handle cache_tensor, nb::handle slot_tensor
     parallel_for(kv.rows(), 16, body, &task);
 }
 
+nb::list attention_isas() {
+    nb::list names;
+    for (int i = 1; i < 5; ++i)
+        if (attention_has(static_cast<AttentionIsa>(i))) names.append(kIsas[i]);
+    return names;
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& module) {
     module.def("attention", &attend, "q"_a, "cache"_a, "spans"_a, "tables"_a, "out"_a, "kv_heads"_a, "head_dim"_a,
                "block_size"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "kv_scales"_a = nb::none(),
                "sinks"_a = nb::none(), "isa"_a = "auto");
+    module.def("attention_isas", &attention_isas);
     module.def("write_kv", &write, "kv"_a, "cache"_a, "slots"_a, "kv_heads"_a, "head_dim"_a,
                "kv_scales"_a = nb::none(), "isa"_a = "auto");
 }

@@ -3,10 +3,21 @@
 #include <cstring>
 
 #include "kv_write.h"
-#include "kv_values.h"
 
 namespace fourfold {
 namespace {
+
+float float_from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
 
 // Nearest even, saturating at +-448; a NaN stays a NaN.
 std::uint8_t to_e4m3(float value) {
@@ -38,10 +49,11 @@ void write_e4m3(const float* from, std::int64_t count, float scale, void* to) {
     for (std::int64_t i = 0; i < count; ++i) static_cast<std::uint8_t*>(to)[i] = to_e4m3(from[i] / scale);
 }
 
-WriteHead writer(KVType type, Isa isa) {
+WriteHead writer(KVType type, AttentionIsa isa) {
     if (type == KVType::f32) return write_floats;
 #if defined(FOURFOLD_AVX512)
-    if (isa != Isa::portable && cpu_has(Isa::avx512))
+    const bool allowed = isa == AttentionIsa::automatic || isa >= AttentionIsa::avx512;
+    if (allowed && attention_has(AttentionIsa::avx512))
         return type == KVType::bf16 ? write_bf16_avx512 : write_e4m3_avx512;
 #endif
     (void)isa;
@@ -50,7 +62,7 @@ WriteHead writer(KVType type, Isa isa) {
 
 }  // namespace
 
-void write_kv(const KVWrite& w, std::int64_t row_begin, std::int64_t row_end, Isa isa) {
+void write_kv(const KVWrite& w, std::int64_t row_begin, std::int64_t row_end, AttentionIsa isa) {
     const WriteHead write = writer(w.type, isa);
     const std::int64_t heads = 2 * w.kv_heads, bytes = w.type == KVType::f32 ? 4 : w.type == KVType::bf16 ? 2 : 1;
     for (std::int64_t row = row_begin; row < row_end; ++row)
