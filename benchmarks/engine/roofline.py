@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-from contenders import CONTENDERS
+from contenders import CONTENDERS, OURS
 from limits import work_of
 from results import EngineBenchmark, Limits, ModelRun
 
@@ -58,12 +58,15 @@ def panel(limits: Limits, model: ModelRun, top: int) -> str:
         return ""
     low = math.floor(math.log10(min(y for *_, y in dots)))
     high = math.ceil(math.log10(limits.int8_ops_s))
-    axes = Axes(0, 3.5, low, high, top)
+    axes = Axes(-0.2, 3.5, low, high, top)
     parts = [
-        text(LEFT, top + 20, f"{model.model}: {model.matrix_values / 1e6:,.0f} million weights", "title")
+        text(LEFT, top + 14, f"{model.model}: {model.matrix_values / 1e6:,.0f} million weights", "title")
     ]
     parts += [*grid_lines(axes), *roofs(limits, axes)]
     engines = list(dict.fromkeys(engine for engine, *_ in dots))
+    parts += [
+        text(axes.x(x), axes.y(y) - 9, row, anchor="middle") for engine, row, x, y in dots if engine == OURS
+    ]
     parts += [dot(axes, *each) for each in dots]
     parts += legend(engines, top)
     return "\n".join(parts)
@@ -96,14 +99,15 @@ def roofs(limits: Limits, axes: Axes) -> list[str]:
     """The slope of memory up to int8's roof, and bfloat16's roof from where it leaves the slope."""
     parts = []
     for name, peak in (("int8", limits.int8_ops_s), ("bf16", limits.bf16_ops_s)):
-        knee, start = peak / limits.read_bytes_s, max(1.0, 10**axes.low / limits.read_bytes_s)
+        knee, start = peak / limits.read_bytes_s, max(10**axes.left, 10**axes.low / limits.read_bytes_s)
         corners = [(start, start * limits.read_bytes_s), (knee, peak), (10**axes.right, peak)]
         path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in corners)
         parts.append(f'<polyline class="roof" points="{path}"/>')
         label = f"{name} {peak / 1e9:,.0f} GOPS"
-        parts.append(text(WIDTH - 18, axes.y(peak) - 6, label, anchor="end"))
+        place = axes.y(peak) + (-6 if name == "int8" else 14)
+        parts.append(text(WIDTH - 18, place, label, anchor="end"))
     label = f"memory {limits.read_bytes_s / 1e9:.1f} GB/s"
-    parts.append(text(axes.x(1.4), axes.y(2.6 * limits.read_bytes_s), label))
+    parts.append(text(axes.x(0.8), axes.y(9 * limits.read_bytes_s), label))
     return parts
 
 
@@ -121,7 +125,7 @@ def grid_lines(axes: Axes) -> list[str]:
         )
         parts.append(text(x, bottom + 16, f"{10**power}", anchor="middle"))
     parts.append(text((LEFT + WIDTH) / 2, bottom + 36, "operations for each byte read", anchor="middle"))
-    parts.append(text(6, axes.top + TOP - 6, "10⁹ operations a second"))
+    parts.append(text(LEFT, axes.top + TOP - 6, "10⁹ operations a second"))
     return parts
 
 

@@ -57,6 +57,7 @@ class Server:
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    stopped_when_idle: bool = True
     url: str = ""
     popen: subprocess.Popen | None = None
 
@@ -80,7 +81,13 @@ class Server:
             if self.popen.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"{self.name} does not serve: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.3)
-        os.killpg(self.popen.pid, signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Stop it or let it go on, with all its processes, unless it must not be stopped."""
+        assert self.popen is not None
+        if self.stopped_when_idle:
+            os.killpg(self.popen.pid, number)
 
     def healthy(self) -> bool:
         """Whether `/health` answers 200."""
@@ -91,7 +98,6 @@ class Server:
 
     def measure(self, users: int, turn: int, scale: float, work: Path) -> tuple[float, float]:
         """Output tokens a second, and the median time to the first token in ms."""
-        assert self.popen is not None
         out, summary = work / f"{self.name.replace(' ', '_')}-{turn}", work / "summary.json"
         command = [
             sys.executable,
@@ -105,14 +111,16 @@ class Server:
             "chat",
         ]
         command += ["--scale", str(scale), "--concurrency", str(users), "--seed", str(turn)]
-        os.killpg(self.popen.pid, signal.SIGCONT)
+        self.signal(signal.SIGCONT)
         try:
             subprocess.run([*command, "--json", str(summary)], check=True, stdout=subprocess.DEVNULL)
         finally:
-            os.killpg(self.popen.pid, signal.SIGSTOP)
+            self.signal(signal.SIGSTOP)
         run = json.loads(next(out.glob(f"*-c{users}.json")).read_text())
         if run["error_rate"] or run["excluded"]:
-            raise SystemExit(f"{self.name}, {users} users: {run['error_rate']:.0%} of the requests failed.")
+            why = next((request["error"] for request in run["requests"] if request["error"]), "")
+            share = f"{run['error_rate']:.0%} of the requests failed"
+            raise SystemExit(f"{self.name}, {users} users: {share}, the first: {why}")
         return run["metrics"]["output_throughput_tok_s"], run["metrics"]["ttft_ms_p50"]
 
     def close(self) -> None:
@@ -141,7 +149,8 @@ def servers(options: argparse.Namespace) -> list[Server]:
                 threads,
             ]
             command += ["-tb", threads, "-c", str(KV_TOKENS), "-np", most, "--kv-unified", "--no-webui"]
-            found.append(Server(f"llama.cpp {name}", command))
+            # having been stopped it drops requests; it sleeps while it is idle
+            found.append(Server(f"llama.cpp {name}", command, stopped_when_idle=False))
     if options.python_vllm:
         vllm = str(Path(options.python_vllm).with_name("vllm"))
         command = [vllm, "serve", str(model / "bf16"), "--port", "{port}", "--dtype", "bfloat16"]

@@ -33,7 +33,7 @@ class Client:
         clock, zero_s = time.perf_counter, self.zero_s
         start_s = clock() - zero_s
         try:
-            response = await self.http.send(request, stream=True)
+            response = await self._send(request)
             try:
                 if response.status_code == 200:
                     async for data in response.aiter_raw():
@@ -47,6 +47,16 @@ class Client:
             error = f"{type(failure).__name__}: {failure}".rstrip(": ")
         end_s = clock() - zero_s
         return self._record(request_id, len(prompt), output_tokens, start_s, end_s, reading, error)
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        """Send once more when the server closed a kept connection just as it was used: no byte was answered.
+
+        llama.cpp's server does so; the lost time counts, as it would for its users.
+        """
+        try:
+            return await self.http.send(request, stream=True)
+        except httpx.RemoteProtocolError:
+            return await self.http.send(request, stream=True)
 
     def _record(
         self,
