@@ -112,8 +112,9 @@ def build_case(folder: Path, model_type: str, case: str) -> Path:
 
 
 def load(folder: Path, **config: Any) -> Engine:
-    """A one-thread engine of float32 unless told otherwise."""
-    return Engine.load(folder, EngineConfig(**({"dtype": "float32", "threads": 1} | config)))
+    """A one-thread engine of float32 for 16 sequences unless told otherwise."""
+    settings = {"dtype": "float32", "threads": 1, "max_batch_size": 16} | config
+    return Engine.load(folder, EngineConfig(**settings))
 
 
 def witness(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

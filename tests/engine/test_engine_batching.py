@@ -45,8 +45,12 @@ def test_decodes_go_on_while_a_long_prompt_is_read(tiny_llama):
     engine.add(Request("short", prompt(4), greedy(40)))
     engine.step()
     engine.add(Request("long", prompt(200), greedy(2)))
-    for _ in range(10):  # 15 tokens of the long prompt a step
+    for _ in range(10):  # 4 tokens of the long prompt a step
         assert [output.request_id for output in engine.step()] == ["short"]
+        assert engine.scheduler.running[-1].computed <= 40
+    engine.abort("short")
+    engine.step()
+    assert engine.scheduler.running[-1].computed == 56  # with nobody to wait for it, a whole step
 
 
 def test_preemption_changes_nothing(tiny_llama, alone):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fourfold.cli.speculation import ALONE
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,7 +53,7 @@ def open_chat(model: str, options: dict[str, float], threads: int | None) -> "Ch
     from fourfold.server.local import LocalChat
 
     return LocalChat(
-        Engine.load(model, EngineConfig(threads=threads, max_batch_size=1)),
+        Engine.load(model, EngineConfig(threads=threads, max_batch_size=1, speculative_tokens=ALONE)),
         SamplingParams.model_validate(options),
     )
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
+from fourfold.cli.speculation import ALONE, SpeculativeTokensOption
 
 
 def generate(
@@ -18,6 +19,7 @@ def generate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
     kv_cache: KVCacheOption = None,
+    speculative_tokens: SpeculativeTokensOption = ALONE,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write tokens, text and timings here.")
     ] = None,
@@ -31,7 +33,12 @@ def generate(
     from fourfold.server.local import timed_generation
 
     check_json_path(json_file)
-    config = EngineConfig(threads=threads, max_batch_size=1, kv_cache=check_kv_cache(kv_cache))
+    config = EngineConfig(
+        threads=threads,
+        max_batch_size=1,
+        kv_cache=check_kv_cache(kv_cache),
+        speculative_tokens=speculative_tokens,
+    )
     engine = Engine.load(model, config)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     record = timed_generation(engine, prompt, sampling, show=lambda text: typer.echo(text, nl=False))

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
+from fourfold.cli.speculation import SpeculativeTokensOption
 
 
 def serve(
@@ -15,10 +16,7 @@ def serve(
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Requests that decode together.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache holds.")] = None,
     kv_cache: KVCacheOption = None,
-    speculative_tokens: Annotated[
-        int | None,
-        typer.Option(min=0, help="Longest draft looked up in a text so far and tried in one step; 0: none."),
-    ] = None,
+    speculative_tokens: SpeculativeTokensOption = 0,
 ) -> None:
     """Serve a model with the OpenAI API until Ctrl-C.
 

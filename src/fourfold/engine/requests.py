@@ -21,11 +21,11 @@ ArithmeticName = Literal["auto", "int8", "exact"]
 class EngineConfig(Record):
     """How the engine runs; the defaults suit a small machine."""
 
-    max_batch_size: int = Field(default=16, ge=1, description="sequences that may decode at the same time")
+    max_batch_size: int = Field(default=32, ge=1, description="sequences that may decode at the same time")
     max_batch_tokens: int = Field(
         default=512,
         ge=1,
-        description="tokens of one step; longer prompts are read in chunks of what decodes leave",
+        description="tokens of one step; longer prompts are read in chunks, a quarter of it beside decodes",
     )
     kv_block_size: int = Field(
         default=16, ge=1, description="tokens per KV block, the unit of paging and reuse"
@@ -59,7 +59,7 @@ class EngineConfig(Record):
         ge=0,
         description="longest draft looked up in the text so far and tried in one step; 0: none",
     )
-    speculative_min_ngram: int = Field(default=1, ge=1, description="fewest last tokens that are looked up")
+    speculative_min_ngram: int = Field(default=2, ge=1, description="fewest last tokens that are looked up")
     speculative_max_ngram: int = Field(default=3, ge=1, description="most last tokens that are looked up")
 
     @model_validator(mode="after")

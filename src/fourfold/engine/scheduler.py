@@ -3,8 +3,9 @@
 ``running`` is in order of arrival, and at most its last sequence is still reading its prompt, so walking it
 in order serves decodes first. When blocks run out, the youngest sequence gives its blocks back and computes
 again later (its tokens are kept, so nothing it has said changes). A sequence is admitted only when its whole
-prompt fits, so that prompts never push each other out halfway. Drafts (see ``speculation``) come last: they
-take only what budget and blocks all others leave.
+prompt fits, so that prompts never push each other out halfway. While others decode, prompts are read in
+smaller pieces, or all would wait as long as for hundreds of tokens: from 32 rows on, a row costs the same
+whatever the step's size. Drafts (see ``speculation``) come last: they take what budget and blocks are left.
 """
 
 from collections import deque
@@ -14,6 +15,8 @@ from fourfold.engine.kv_cache import BlockPool
 from fourfold.engine.requests import EngineConfig
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.speculation import worthwhile
+
+SHARE_BESIDE_DECODES = 4  # of a step's tokens, prompts take one in so many while other sequences decode
 
 
 @dataclass(slots=True)
@@ -54,7 +57,7 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, decodes first; empty only when nothing is running or waiting."""
         chunks: list[Chunk] = []
-        budget = self.config.max_batch_tokens
+        budget = self._budget()
         preempted = self.preemptions
         index = 0
         while index < len(self.running) and budget:
@@ -67,6 +70,12 @@ class Scheduler:
         if self.config.speculative_tokens:
             self._speculate(chunks, budget)
         return chunks
+
+    def _budget(self) -> int:
+        """Tokens of the next step."""
+        most = self.config.max_batch_tokens
+        decoding = sum(sequence.computed == len(sequence.tokens) - 1 for sequence in self.running)
+        return min(most, decoding + -(-most // SHARE_BESIDE_DECODES)) if decoding else most
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)
