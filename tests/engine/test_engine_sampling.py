@@ -68,7 +68,7 @@ def test_top_k_off_keeps_all(k):
     assert_follows(sample(1500, top_k=k), LOGITS.softmax(-1))
 
 
-@pytest.mark.parametrize("p", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("p", [1e-300, 0.01, 0.5, 0.9])
 def test_top_p_keeps_the_fewest_that_reach_p(p):
     probabilities, order = LOGITS.softmax(-1).sort(descending=True)
     count = int((probabilities.cumsum(0) < p).sum()) + 1

@@ -47,7 +47,7 @@ def top_k(weights: np.ndarray, k: int) -> np.ndarray:
 def top_p(weights: np.ndarray, tokens: np.ndarray | None, p: float) -> np.ndarray:
     """The fewest heaviest of ``tokens`` (None: of all) that weigh at least the share p of them."""
     among = weights if tokens is None else weights[tokens]
-    enough = p * among.sum()
+    enough = p * float(among.sum())
     heavy, floor = np.flatnonzero(among >= FLOOR), FLOOR
     while floor and among[heavy].sum() < enough:
         floor = floor / 100 if floor > LOWEST_FLOOR else 0.0
