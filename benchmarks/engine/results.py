@@ -8,11 +8,19 @@ from fourfold.core.records import Machine, Record
 
 
 class Limits(Record):
-    """The roofs of the machine, measured in the same run with the same number of threads."""
+    """The roofs of the machine, measured in the same run with the same number of threads.
+
+    Measured before the first model and after each; the highest count, since nothing measures too much.
+    """
 
     read_bytes_s: float
     int8_ops_s: float
     bf16_ops_s: float
+
+    def highest(self, other: "Limits") -> "Limits":
+        """Each roof as high as it was ever seen."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return Limits.model_validate({name: max(value, theirs[name]) for name, value in mine.items()})
 
 
 class Row(Record):

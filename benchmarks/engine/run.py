@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -301,16 +302,20 @@ def main() -> None:
     parser.add_argument("--fourfold-settings", default="{}", help="EngineConfig fields, JSON")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    load_before = os.getloadavg()[0]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines' processes end too
+    load_before, created, models = os.getloadavg()[0], now(), []
     with tempfile.TemporaryDirectory(prefix="limits-") as folder:
         limits = measure_limits(options.threads, Path(folder))
+        for model in options.models:
+            models.append(ModelBenchmark(model, options, options.out).run())
+            limits = limits.highest(measure_limits(options.threads, Path(folder)))
     result = EngineBenchmark(
-        created=now(),
+        created=created,
         machine=describe_machine(),
         threads=options.threads,
         load_before=load_before,
         limits=limits,
-        models=[ModelBenchmark(model, options, options.out).run() for model in options.models],
+        models=models,
     )
     (options.out / "run.json").write_text(result.model_dump_json(indent=2) + "\n")
     (options.out / "table.md").write_text(write_table(result))

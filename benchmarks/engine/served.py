@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.25)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="served-") as work:
         rates, firsts = measure(options, Path(work))
