@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fourfold.cli import evaluate_options as options
+from fourfold.cli.arithmetic import ArithmeticOption
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def evaluate(
     max_tokens_per_text: options.MaxTokens = None,
     layers: options.Layers = False,
     kv_cache: KVCacheOption = None,
+    arithmetic: ArithmeticOption = None,
     questions: options.Questions = None,
     samples: options.Samples = None,
     chat: options.Chat = False,
@@ -53,7 +55,7 @@ def evaluate(
     asking |= {"max_tokens": max_tokens, "seed": seed, "concurrency": concurrency}
     asking |= {"tokenizer": tokenizer, "include": include}
     server = {"model_name": model_name, "api_key_env": api_key_env}
-    engine = {"threads": threads, "kv_cache": kv_cache}
+    engine = {"threads": threads, "kv_cache": kv_cache, "arithmetic": arithmetic}
     if isinstance(get_task(task.partition(":")[0]), ServedTask):
         options.refuse(task, reading, "it asks a served model and reads no texts")
         record = ask(model, task, gate or [], asking, server, engine, json)
@@ -87,7 +89,8 @@ def read(
     texts = read_texts(reading["text"]) if reading["text"] else default_texts()
     # logits of whole windows go past the paged cache, so that one block of it is enough
     plain = EngineConfig(threads=engine_options["threads"], kv_block_size=16, kv_cache_tokens=16)
-    own = plain.model_copy(update={"kv_cache": check_kv_cache(engine_options["kv_cache"])})
+    asked = {"arithmetic": engine_options["arithmetic"] or "auto"}
+    own = plain.model_copy(update=asked | {"kv_cache": check_kv_cache(engine_options["kv_cache"])})
     engine = Engine.load(model, own)
     base = None if against is None else Engine.load(against, plain)
     given = reading["max_tokens_per_text"]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fourfold.cli.arithmetic import ArithmeticOption
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 from fourfold.cli.speculation import ALONE, SpeculativeTokensOption
 
@@ -19,6 +20,7 @@ def generate(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core.")] = None,
     kv_cache: KVCacheOption = None,
+    arithmetic: ArithmeticOption = None,
     speculative_tokens: SpeculativeTokensOption = ALONE,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write tokens, text and timings here.")
@@ -37,6 +39,7 @@ def generate(
         threads=threads,
         max_batch_size=1,
         kv_cache=check_kv_cache(kv_cache),
+        arithmetic=arithmetic or "auto",
         speculative_tokens=speculative_tokens,
     )
     engine = Engine.load(model, config)

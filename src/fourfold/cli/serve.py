@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fourfold.cli.arithmetic import ArithmeticOption
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 from fourfold.cli.speculation import SpeculativeTokensOption
 
@@ -16,6 +17,7 @@ def serve(
     max_batch_size: Annotated[int | None, typer.Option(min=1, help="Requests that decode together.")] = None,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache holds.")] = None,
     kv_cache: KVCacheOption = None,
+    arithmetic: ArithmeticOption = None,
     speculative_tokens: SpeculativeTokensOption = 0,
 ) -> None:
     """Serve a model with the OpenAI API until Ctrl-C.
@@ -29,7 +31,8 @@ def serve(
     from fourfold.server import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
-    options |= {"kv_cache": check_kv_cache(kv_cache), "speculative_tokens": speculative_tokens}
+    options |= {"kv_cache": check_kv_cache(kv_cache), "arithmetic": arithmetic}
+    options |= {"speculative_tokens": speculative_tokens}
     try:
         config = EngineConfig.model_validate({name: v for name, v in options.items() if v is not None})
     except ValidationError as error:
