@@ -1,15 +1,11 @@
 """Mixed precision within a budget: groups, costs, the choice, and checkpoints of several formats."""
 
 import itertools
-import time
 
-import numpy as np
 import pytest
 import torch
 from compress_models import build_moe, tensor_bytes
 from layer_at_work import build_model, tokens
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
@@ -103,50 +99,6 @@ def test_the_programme_finds_what_trying_everything_finds():
         assert choice.cost == pytest.approx(best, rel=1e-3, abs=1e-9)
         fewest = min(nbytes for nbytes, cost in every if cost <= choice.cost * 1.001)
         assert within_cost(groups, choice.cost * 1.001).nbytes == pytest.approx(fewest, rel=1e-3)
-
-
-def by_milp(groups: list[Group], limit: float) -> float:
-    """The least cost within ``limit`` bytes as HiGHS finds it."""
-    owner = np.repeat(np.arange(len(groups)), [len(g.nbytes) for g in groups])
-    costs = np.array([g.cost[f] for g in groups for f in g.nbytes])
-    sizes = np.array([g.nbytes[f] for g in groups for f in g.nbytes]) / limit
-    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None], ub=1)]
-    options = {"mip_rel_gap": 1e-6}
-    whole = np.ones(len(owner))
-    return float(
-        milp(costs, integrality=whole, bounds=Bounds(0, 1), constraints=constraints, options=options).fun
-    )
-
-
-@pytest.mark.parametrize("count", [1, 2, 15, 60])
-def test_an_integer_programme_finds_nothing_better(count):
-    generator = np.random.default_rng(count)
-    groups = [
-        Group(
-            (f"m{index}",),
-            8,
-            dict(zip("abcd"[: index % 3 + 2], generator.integers(1, 10**6, 4).tolist(), strict=False)),
-            dict(zip("abcd", generator.lognormal(0, 2, 4).tolist(), strict=True)),
-        )
-        for index in range(count)
-    ]
-    low, high = (sum(pick(g.nbytes.values()) for g in groups) for pick in (min, max))
-    for share in (0, 0.02, 0.1, 0.3, 0.5, 0.9, 1):
-        limit = low + share * (high - low)
-        choice = within_bytes(groups, limit)
-        assert choice.nbytes <= limit
-        assert choice.cost <= by_milp(groups, limit) * (1 + 1e-5)
-        fewest = within_cost(groups, choice.cost)
-        assert fewest.nbytes <= choice.nbytes and fewest.cost <= choice.cost * (1 + 1e-9)
-
-
-def test_hundreds_of_groups_take_no_time(capfd):
-    groups = random_groups(900)
-    begin_s = time.process_time()
-    points = frontier(groups, points=9)
-    assert time.process_time() - begin_s < 10  # an integer programme over all of them took longer
-    assert len(points) == 9 and capfd.readouterr() == ("", "")
 
 
 def test_the_frontier_falls():

@@ -1,18 +1,18 @@
 """Which format for which group: an integer programme, and the frontier of its solutions.
 
 Minimise the summed cost over groups subject to the summed size, with one format a group; or the size subject
-to the cost (:mod:`fourfold.compress.budget.knapsack`). A group is what serving kernels fuse, so that its
-members share a format.
+to the cost (scipy's milp, HiGHS). A group is what serving kernels fuse, so that its members share a format.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
 
-from fourfold.compress.budget.knapsack import Knapsack
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 
-SLACK = 1e-12
+RELATIVE_GAP = 1e-4  # far below the noise of the costs
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,34 @@ def numel(groups: list[Group]) -> int:
     return sum(g.numel for g in groups)
 
 
-def _table(of: list[dict[str, float]]) -> np.ndarray:
-    """A row for each group, filled with infinities."""
-    table = np.full((len(of), max(map(len, of))), np.inf)
-    for row, each in zip(table, of, strict=True):
-        row[: len(each)] = list(each.values())
-    return table
-
-
 def _sizes(groups: list[Group]) -> np.ndarray:
-    return _table([{form: float(size) for form, size in g.nbytes.items()} for g in groups])
+    return np.array([float(v) for g in groups for v in g.nbytes.values()])
 
 
 def _costs(groups: list[Group]) -> np.ndarray:
-    return _table([{form: g.cost[form] for form in g.nbytes} for g in groups])
+    return np.array([g.cost[f] for g in groups for f in g.nbytes])
 
 
 def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: float) -> Choice:
-    weights = np.where(np.isfinite(most), most, 0)
-    # what fits exactly must not fail by the order of its summands
-    taken = Knapsack(least / (least[np.isfinite(least)].max() or 1.0), weights, limit * (1 + SLACK)).solve()
-    formats = tuple(list(g.nbytes)[item] for g, item in zip(groups, taken, strict=True))
+    owner = np.repeat(np.arange(len(groups)), [len(g.nbytes) for g in groups])
+    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    # HiGHS compares with absolute tolerances, so both sides are brought to the size of one
+    unit, scale = least.max() or 1.0, limit or most.max() or 1.0
+    solution = milp(
+        least / unit,
+        integrality=np.ones(len(owner)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(most[None] / scale, ub=limit / scale),
+        ],
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 60},
+    )
+    if solution.x is None:
+        raise FourfoldError(f"No mixture of formats was found within the budget ({solution.message}).")
+    taken = np.flatnonzero(solution.x > 0.5)
+    names = [form for g in groups for form in g.nbytes]
+    formats = tuple(names[i] for i in taken)
     return Choice(
         formats,
         sum(g.nbytes[f] for g, f in zip(groups, formats, strict=True)),
