@@ -58,8 +58,7 @@ class LayerLoop:
     ):
         self.model, self.recipe, self.calibration, self.store = model, recipe, calibration, store
         self.passes = [(get_pass(use.name), options_of(use, recipe.name)) for use in recipe.uses]
-        learns = any(chosen.learn is not None for chosen, _ in self.passes)
-        self.skeleton = Skeleton(model, device, layers_only=not learns)
+        self.skeleton = Skeleton(model, device)
         self.original = recipe.inputs == "original"
         self.needs_base = self.original or any(p.needs_base(options) for p, options in self.passes)
         self.notes = self._left_out()

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.experts import parameters_apart
-from fourfold.compress.calibrated.plain import PlainModel
 from fourfold.compress.experts import Piece, parse_fused, unfuse
 from fourfold.compress.model import Model, Value, plain
 from fourfold.core.errors import FourfoldError
@@ -96,8 +95,6 @@ class Names:
 
 def renaming(net: nn.Module) -> Callable[[str], str]:
     """The function that turns a checkpoint's name into that of transformers' module tree."""
-    if isinstance(net, PlainModel):
-        return lambda name: name
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
     from transformers.modeling_utils import PreTrainedModel

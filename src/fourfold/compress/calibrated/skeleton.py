@@ -17,7 +17,6 @@ from fourfold.compress.calibrated.building import build, find_layers, make_buffe
 from fourfold.compress.calibrated.experts import parameters_apart, separate_experts
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.names import Names
-from fourfold.compress.calibrated.plain import plain_model
 from fourfold.compress.model import Model
 from fourfold.core.errors import FourfoldError
 
@@ -33,13 +32,12 @@ class Call:
 class Skeleton:
     """The decoder of ``model`` (resolved, unrounded) for calibration on ``device``; computes in float32.
 
-    With ``layers_only`` nobody will run its ``net`` as a whole, which then need not be transformers'. Raises
-    FourfoldError for a configuration that transformers cannot build, or without decoder layers.
+    Raises FourfoldError for a configuration that transformers cannot build, or without decoder layers.
     """
 
-    def __init__(self, model: Model, device: torch.device, *, layers_only: bool = False):
+    def __init__(self, model: Model, device: torch.device):
         self.model, self.device = model, device
-        self.net = (plain_model(model.config) if layers_only else None) or build(model.config)
+        self.net = build(model.config)
         self.layers_name, self.layers = find_layers(self.net)
         self.names = Names(self.net, model)
         for name in sorted(parameters_apart(self.layers)):
