@@ -20,6 +20,7 @@ from fourfold.compress.model import Model, Value, plain
 from fourfold.core.errors import FourfoldError
 
 EXPERT_LEAF = re.compile(r"(\.experts\.\d+\.)(w1|w2|w3)\.")
+HEAD = "lm_head.weight"  # which a checkpoint may leave out
 LETTERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -47,8 +48,11 @@ class Names:
         self.model = model
         self._table: dict[str, Source] = {}
         known = parameters_apart(net)
-        rename = renaming(net)
-        for order, (name, piece, stored) in enumerate(_tensors(model)):
+        tensors = list(_tensors(model))
+        # transformers' renamings are hundreds of patterns to compile
+        literal = {name for name, _, _ in tensors} ^ known <= {HEAD}
+        rename = str if literal else renaming(net)
+        for order, (name, piece, stored) in enumerate(tensors):
             parameter = next((p for p in spellings(rename(name), net) if p in known), None)
             if parameter is not None:
                 self._table.setdefault(parameter, Source(name, stored, piece, order))
