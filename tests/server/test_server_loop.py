@@ -1,6 +1,7 @@
 """Clients that leave, engines that fail, servers that end."""
 
 import threading
+import time
 
 import httpx
 import pytest
@@ -9,12 +10,19 @@ from server_harness import eventually
 LONG = {"prompt": [9, 8, 7], "max_tokens": 500, "ignore_eos": True}
 
 
+def slow_down(live, monkeypatch) -> None:
+    """A tiny model's long answer is over before anyone can leave; let each of its tokens take five ms."""
+    step = live.engine.step
+    monkeypatch.setattr(live.engine, "step", lambda: (time.sleep(0.005), step())[1])
+
+
 def idle(live) -> bool:
     stats = live.engine.stats
     return stats.running == stats.waiting == stats.kv_tokens_used == 0
 
 
-def test_leaving_a_stream_aborts_its_request(live):
+def test_leaving_a_stream_aborts_its_request(live, monkeypatch):
+    slow_down(live, monkeypatch)
     before = live.engine.stats.aborted
     with live.http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 2}) as response:
         lines = response.iter_lines()
@@ -25,7 +33,8 @@ def test_leaving_a_stream_aborts_its_request(live):
     assert idle(live)
 
 
-def test_leaving_before_a_whole_answer_aborts_it(live):
+def test_leaving_before_a_whole_answer_aborts_it(live, monkeypatch):
+    slow_down(live, monkeypatch)
     before = live.engine.stats.aborted
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/v1/completions", json=LONG | {"n": 8}, timeout=0.3)
@@ -73,8 +82,9 @@ def test_an_add_that_breaks_is_a_500_for_that_request_only(start_server, monkeyp
     assert server.http.get("/health").status_code == 200
 
 
-def test_shutting_down_refuses_the_new_and_finishes_the_old(start_server):
+def test_shutting_down_refuses_the_new_and_finishes_the_old(start_server, monkeypatch):
     server = start_server()
+    slow_down(server, monkeypatch)
     answers = []
     old = threading.Thread(target=lambda: answers.append(server.complete(**LONG | {"max_tokens": 100})))
     old.start()
@@ -87,8 +97,9 @@ def test_shutting_down_refuses_the_new_and_finishes_the_old(start_server):
     assert answers[0].json()["usage"]["completion_tokens"] == 100
 
 
-def test_stop_ends_what_runs_after_the_grace(start_server):
+def test_stop_ends_what_runs_after_the_grace(start_server, monkeypatch):
     server = start_server()
+    slow_down(server, monkeypatch)
     answers = []
     old = threading.Thread(target=lambda: answers.append(server.complete(**LONG)))
     old.start()

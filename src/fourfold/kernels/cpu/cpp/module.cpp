@@ -88,6 +88,8 @@ void set_thread_count(int count) {
 }  // namespace fourfold
 
 NB_MODULE(_native, module) {
+    // a program that lives until the interpreter ends is no leak, and its report no business of the user's
+    nanobind::set_leak_warnings(false);
     module.def("mxfp4_linear", &fourfold::linear, "x"_a, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
     module.def("mxfp4_expand", &fourfold::expand, "blocks"_a, "scales"_a, "out"_a, "isa"_a = "auto");
     fourfold::bind_attention(module);
