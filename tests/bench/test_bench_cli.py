@@ -91,6 +91,8 @@ def test_control_c_keeps_finished_runs(small_server, tmp_path):
         [*command, "--concurrency", "1,2,3,4", "--requests", "30"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # started in the background, a shell's children ignore Ctrl-C, and theirs would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and b"chat-c1.json" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
