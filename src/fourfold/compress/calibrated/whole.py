@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.skeleton import Skeleton
@@ -69,6 +70,12 @@ class WholeModel:
         finally:
             for name in self.schemes:
                 self.linears[name].observer = None
+
+
+def divergence_of(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || found) of logits [B, T, V] in nats, the mean over all positions."""
+    logs = F.log_softmax(found, -1), F.log_softmax(wanted, -1)
+    return F.kl_div(*logs, log_target=True, reduction="sum") / wanted[..., 0].numel()
 
 
 def activation_of(scheme: LayerScheme):

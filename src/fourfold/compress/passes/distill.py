@@ -21,12 +21,11 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from torch.nn import functional as F
 
 from fourfold.compress.calibrated.author import write_together
 from fourfold.compress.calibrated.latent import Latents
 from fourfold.compress.calibrated.skeleton import Skeleton
-from fourfold.compress.calibrated.whole import WholeModel
+from fourfold.compress.calibrated.whole import WholeModel, divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.passes.rtn import check_finite
@@ -214,9 +213,8 @@ def divergence(base: WholeModel, model: WholeModel, token_ids: torch.Tensor, mic
 def kl(base: WholeModel, model: WholeModel, token_ids: torch.Tensor) -> torch.Tensor:
     """KL(original || quantized) of the next token, the mean over all positions."""
     with torch.no_grad():
-        wanted = F.log_softmax(base(token_ids), -1)
-    found = F.log_softmax(model(token_ids), -1)
-    return F.kl_div(found, wanted, log_target=True, reduction="sum") / token_ids.numel()
+        wanted = base(token_ids)
+    return divergence_of(wanted, model(token_ids))
 
 
 def round_layer(work: LayerWork, options: Options) -> None:

@@ -25,7 +25,6 @@ from functools import partial
 
 import torch
 from pydantic import Field
-from torch.nn import functional as F
 
 from fourfold.checkpoint.rotations import INPUT_ROTATION
 from fourfold.checkpoint.tensors import TensorInfo
@@ -38,6 +37,7 @@ from fourfold.compress.calibrated.trained_transform import (
     check_memory,
     fold,
 )
+from fourfold.compress.calibrated.whole import divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Entry, Model
@@ -145,9 +145,8 @@ def _optimizer(transform: TrainedTransform, options: Options) -> torch.optim.Opt
 def kl(transform: TrainedTransform, token_ids: torch.Tensor) -> torch.Tensor:
     """KL(original || rounded) of the next token, the mean over all positions of token ids [B, T]."""
     with torch.no_grad():
-        wanted = F.log_softmax(transform.logits(token_ids, served=False), -1)
-    found = F.log_softmax(transform.logits(token_ids, served=True), -1)
-    return F.kl_div(found, wanted, log_target=True, reduction="sum") / token_ids.numel()
+        wanted = transform.logits(token_ids, served=False)
+    return divergence_of(wanted, transform.logits(token_ids, served=True))
 
 
 @torch.no_grad()
