@@ -5,7 +5,7 @@ python benchmarks/accuracy/compare.py MODEL --calibration TEXT --texts TEXT... -
 
 Recipes are run by Fourfold once per seed; checkpoints are those that a peer made from the same tokens
 (benchmarks/accuracy/tokens.py), given with their seed. ``--activation`` says what rounds the inputs of a
-scheme where a checkpoint cannot. Every result is added to RESULTS.json, and the table is printed from there,
+scheme where a checkpoint cannot; what a recipe makes is judged in the schemes of ``--also``, too. Every result is added to RESULTS.json, and the table is printed from there,
 so that runs on several machines come together (without MODEL's --recipe and --checkpoint it only prints).
 
 The share of the gap that is closed is (L_rtn - L) / (L_rtn - L_base) of the mean losses, over all windows of
@@ -42,7 +42,7 @@ def main() -> None:
         bench = Bench(options)
         for label, recipe in options.recipe:
             for seed in options.seeds:
-                results.append(bench.run_recipe(label, recipe, seed))
+                results += bench.run_recipe(label, recipe, seed)
                 options.out.write_text(json.dumps(results))
         for label, place in options.checkpoint:
             seed, _, folder = place.partition(":")
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", type=pair, action="append", default=[])
     parser.add_argument("--checkpoint", type=pair, action="append", default=[])
     parser.add_argument("--activation", type=pair, action="append", default=[])
+    parser.add_argument("--also", nargs="*", default=[], help="schemes with an --activation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--sequence-tokens", type=int, default=512)
@@ -90,8 +91,8 @@ class Bench:
         self.tokens = encode(options.calibration) if options.calibration else torch.empty(0)
         self.base = SimulatedModel(options.model, options.device)
 
-    def run_recipe(self, label: str, recipe: str, seed: int) -> dict:
-        """Quantize by ``recipe`` with the tokens of ``seed``, and judge."""
+    def run_recipe(self, label: str, recipe: str, seed: int) -> list[dict]:
+        """Quantize by ``recipe`` with the tokens of ``seed``, and judge, in all schemes that are asked for."""
         options = self.options
         token_ids = cut(self.tokens, options.samples, options.sequence_tokens, seed)
         calibration = CalibrationSet(token_ids, str(options.calibration), seed)
@@ -100,9 +101,11 @@ class Bench:
         out = work / "out"
         quantize(options.model, out, load_recipe(recipe), calibration=calibration, device=options.device)
         seconds = time.perf_counter() - begin
-        result = self.judge(label, seed, out) | {"seconds": seconds}
+        method = label.partition("/")[2]
+        labels = [label, *(f"{scheme}/{method}" for scheme in options.also)]
+        found = [self.judge(label, seed, out) | {"seconds": seconds} for label in labels]
         shutil.rmtree(work)
-        return result
+        return found
 
     def judge(self, label: str, seed: int, folder: Path) -> dict:
         """Scores of the checkpoint in ``folder``."""
