@@ -9,12 +9,12 @@ from engine_models import continue_all, drain, greedy, load, prompt
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_config, write_tiny_tokenizer
+from tiny_models import write_tiny_tokenizer
 
 from fourfold.core.errors import UsageError
 from fourfold.engine import Completion, Request, SamplingParams
 from fourfold.engine.sequence import StopText
-from fourfold.engine.tokenizer import Tokenizer, is_plain, read_tokenizer
+from fourfold.engine.tokenizer import Tokenizer, read_tokenizer
 
 VARIED = {"repetition_penalty": 1.5, "frequency_penalty": 2.0}
 
@@ -195,40 +195,11 @@ def test_generate_takes_text(engine):
     assert continue_all(engine, [engine.encode("abc")], greedy(5)) == [by_ids.token_ids]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend"])
-def test_the_short_way_to_a_tokenizer_is_autotokenizers(tmp_path, model_type, named):
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_tiny_tokenizer(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
-    (folder / "chat_template.jinja").write_text(settings.pop("chat_template"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps(tiny_config(model_type)))
-    assert is_plain(folder)
-    ours, theirs = read_tokenizer(folder, "x", model_type), AutoTokenizer.from_pretrained(folder)
-    assert type(ours) is type(theirs)
-    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
-    assert ours.chat_template == theirs.chat_template is not None
-    assert ours.special_tokens_map == theirs.special_tokens_map
-    assert ours.encode("grüße") == theirs.encode("grüße")
-
-
-@pytest.mark.parametrize("change", [{"tokenizer_class": "LlamaTokenizer"}, {"auto_map": {}}])
-def test_other_tokenizers_are_left_to_autotokenizer(tmp_path, change):
-    write_tiny_tokenizer(tmp_path)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | change))
-    assert not is_plain(tmp_path)
-
-
 def test_a_text_longer_than_the_context_is_encoded_without_a_warning(tmp_path, caplog):
     write_tiny_tokenizer(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"model_max_length": 4}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = Tokenizer(read_tokenizer(tmp_path, "x", "llama"), set())
+    tokenizer = Tokenizer(read_tokenizer(tmp_path, "x"), set())
     with caplog.at_level("WARNING"):
         transformers_logger = logging.getLogger("transformers")
         transformers_logger.addHandler(caplog.handler)

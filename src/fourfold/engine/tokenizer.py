@@ -1,6 +1,5 @@
 """Text to tokens and back, through the checkpoint's own tokenizer (never its remote code)."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,15 @@ from fourfold.checkpoint import Checkpoint
 from fourfold.checkpoint.checkpoint import no_tokenizer
 from fourfold.checkpoint.folder import has_tokenizer
 from fourfold.core.errors import FourfoldError, UsageError
+from fourfold.engine.plain_tokenizer import PlainTokenizer
 
-PLAIN_MODELS = ("llama", "qwen3")  # of others, AutoTokenizer may correct what their files say
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# of others, AutoTokenizer may correct what their files say
+PLAIN_MODELS = ("llama", "qwen3", "qwen3_moe", "gpt_oss")
 NOT_YET_TEXT = "\ufffd"  # what decoders put for a character whose bytes are not all there
 
 
 class Tokenizer:
-    """A transformers tokenizer behind the few operations that serving needs.
+    """A tokenizer, a plain one or transformers', behind the few operations that serving needs.
 
     ``eos_token_ids`` are all tokens that end a reply: those of the generation config, or else of the config,
     and the tokenizer's own.
@@ -124,6 +124,8 @@ def plain_backend(tokenizer: Any) -> Any | None:
 
     What transformers puts around it costs four times the decoding of a token.
     """
+    if isinstance(tokenizer, PlainTokenizer):
+        return tokenizer.backend_tokenizer
     from transformers import PreTrainedTokenizerFast as Plain
 
     kind = type(tokenizer)
@@ -132,14 +134,15 @@ def plain_backend(tokenizer: Any) -> Any | None:
 
 
 def read_tokenizer(folder: Path, source: str, model_type: str | None = None) -> Any:
-    """The transformers tokenizer in ``folder``. Raises FourfoldError naming ``source`` when there is none."""
+    """The tokenizer in ``folder``, transformers' unless it is plain.
+
+    Raises FourfoldError naming ``source`` when there is none.
+    """
     if not has_tokenizer(folder):
         raise no_tokenizer(source)
     try:
-        if model_type in PLAIN_MODELS and is_plain(folder):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if model_type in PLAIN_MODELS and (plain := PlainTokenizer.read(folder)) is not None:
+            return plain
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -148,15 +151,6 @@ def read_tokenizer(folder: Path, source: str, model_type: str | None = None) -> 
             f"The tokenizer of {source} cannot be read ({type(error).__name__}: {error}). Copy the tokenizer "
             "files of the original model into the folder again."
         ) from error
-
-
-def is_plain(folder: Path) -> bool:
-    """Whether tokenizer.json says all, so that AutoTokenizer, slow to import, would add nothing."""
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file() or not (folder / "tokenizer.json").is_file():
-        return False
-    read = json.loads(settings.read_text(encoding="utf-8"))
-    return read.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in read
 
 
 def as_ids(value: int | list[int] | None) -> set[int]:
