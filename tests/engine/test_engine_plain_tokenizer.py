@@ -1,4 +1,4 @@
-"""A tokenizer read without transformers is transformers': ids, texts, conversations. Others are left to it."""
+"""A tokenizer read by us is transformers': ids, texts, conversations. Others are left to it."""
 
 import json
 
