@@ -15,6 +15,7 @@ from fourfold.core.records import RequestRecord
 class Client:
     """Sends completions to an endpoint; ``zero_s`` is the run's start on ``time.perf_counter``'s clock.
 
+    ``http`` has the transport of ``open_http``, which calls while bytes arrive.
     ``estimated`` and ``cached_tokens`` collect what the notes of a run must mention.
     """
 
@@ -27,36 +28,23 @@ class Client:
 
     async def complete(self, request_id: str, prompt: Sequence[int], output_tokens: int) -> RequestRecord:
         """Send one request and read its stream; whatever goes wrong is the record's ``error``."""
-        body = self.endpoint.body(list(prompt), output_tokens)
-        request = self.http.build_request("POST", "/v1/completions", json=body)
         reading, error = StreamReading(), None
         clock, zero_s = time.perf_counter, self.zero_s
+        request = self.http.build_request(
+            "POST",
+            "/v1/completions",
+            json=self.endpoint.body(list(prompt), output_tokens),
+            extensions={"on_data": lambda data, at_s: reading.feed(data, at_s - zero_s)},
+        )
         start_s = clock() - zero_s
         try:
-            response = await self._send(request)
-            try:
-                if response.status_code == 200:
-                    async for data in response.aiter_raw():
-                        reading.feed(data, clock() - zero_s)
-                else:
-                    await response.aread()
-                    error = f"HTTP {response.status_code}: {refusal(response)}"
-            finally:
-                await response.aclose()
+            response = await self.http.send(request)
+            if response.status_code != 200:
+                error = f"HTTP {response.status_code}: {refusal(response)}"
         except httpx.HTTPError as failure:
             error = f"{type(failure).__name__}: {failure}".rstrip(": ")
         end_s = clock() - zero_s
         return self._record(request_id, len(prompt), output_tokens, start_s, end_s, reading, error)
-
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        """Send once more when the server closed a kept connection just as it was used: no byte was answered.
-
-        llama.cpp's server does so; the lost time counts, as it would for its users.
-        """
-        try:
-            return await self.http.send(request, stream=True)
-        except httpx.RemoteProtocolError:
-            return await self.http.send(request, stream=True)
 
     def _record(
         self,

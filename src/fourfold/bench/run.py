@@ -24,6 +24,7 @@ from fourfold.bench.prompts import (
 )
 from fourfold.bench.record import make_record, run_notes
 from fourfold.bench.target import is_url, public_target, serving
+from fourfold.bench.transport import ToldTransport
 from fourfold.bench.workload import Workload
 from fourfold.core.durable import write_file, writing
 from fourfold.core.errors import UsageError
@@ -101,8 +102,8 @@ def open_http(url: str, timeout_s: float, headers: dict[str, str] | None) -> htt
         return httpx.AsyncClient(
             base_url=url,
             timeout=httpx.Timeout(timeout_s, connect=30),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             headers={"accept-encoding": "identity"} | (headers or {}),
+            transport=ToldTransport(),
             trust_env=False,
         )
     except httpx.InvalidURL as error:

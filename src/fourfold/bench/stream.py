@@ -13,6 +13,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json
+
 
 @dataclass
 class StreamReading:
@@ -42,7 +44,7 @@ class StreamReading:
             self.finished = True
             return
         try:
-            event = json.loads(payload.decode())  # bytes would have their encoding guessed, per chunk
+            event = from_json(payload)
         except ValueError:
             event = None
         if not isinstance(event, dict):
