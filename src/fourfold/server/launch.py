@@ -83,7 +83,8 @@ def run(engine: Engine, listener: socket.socket, host: str) -> None:
     )
     server = Server(settings, loop, announcement)
     try:
-        asyncio.run(server.serve(sockets=[listener]))
+        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
     except OSError as error:
         if server.started:
             raise

@@ -7,6 +7,7 @@ Source: OpenAI API reference (completions, chat completions); vLLM's OpenAI-comp
 """
 
 import json
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -102,6 +103,12 @@ class StreamOptions(ApiModel):
     include_obfuscation: Literal[False] = False
 
 
+@cache
+def neutral_of(model: type[BaseModel]) -> dict[str, tuple[Any, ...]]:
+    """Those of ``NEUTRAL`` that ``model`` has no field for."""
+    return {name: values for name, values in NEUTRAL.items() if name not in model.model_fields}
+
+
 class GenerationRequest(ApiModel):
     """What completions and chat have in common."""
 
@@ -131,7 +138,7 @@ class GenerationRequest(ApiModel):
         if not isinstance(data, dict):
             return data
         kept = {}
-        neutral = {name: values for name, values in NEUTRAL.items() if name not in cls.model_fields}
+        neutral = neutral_of(cls)
         for name, value in data.items():
             if name in neutral and value is not None and value not in neutral[name]:
                 allowed = " or ".join(map(json.dumps, neutral[name]))

@@ -31,6 +31,7 @@ SAME_NAMES = (
     "stop_token_ids",
     "ignore_eos",
 )
+Prompts = list[str] | list[list[int]]
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat may go on until the context is full
 
 
@@ -46,7 +47,7 @@ class Service:
         """Start a completion. Raises ApiError."""
         self.check(body)
         watch = LatencyWatch(self.metrics)
-        prompts = await asyncio.to_thread(self.encode_prompts, body)
+        prompts = await self.encode_prompts(body.prompt, body.add_special_tokens)
         sampling = sampling_of(body, body.max_tokens or COMPLETION_MAX_TOKENS, body.logprobs)
         for prompt in prompts if body.echo else []:
             self.check_prompt(prompt, sampling.max_tokens)
@@ -80,13 +81,13 @@ class Service:
             message = f"The model '{name}' does not exist. This server serves '{self.name}'."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def encode_prompts(self, body: CompletionRequest) -> list[list[int]]:
-        """Token ids of every prompt."""
-        encode = self.engine.tokenizer.encode
-        return [
-            encode(prompt, add_special_tokens=body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
+    async def encode_prompts(self, prompts: Prompts, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of prompts, which are all of one kind; texts may be long, so a thread encodes them."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in prompts if isinstance(prompt, list)]
+        encode = partial(self.engine.tokenizer.encode, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(lambda: list(map(encode, texts)))
 
     def encode_chat(self, body: ChatRequest) -> list[int]:
         """Token ids of the conversation."""

@@ -6,16 +6,15 @@ computed is cancelled at once, so that an abandoned request stops costing engine
 """
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
 DONE = b"data: [DONE]\n\n"
 
 
@@ -25,7 +24,7 @@ class ClientGoneError(Exception):
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return f"data: {ENCODER.encode(data)}\n\n".encode()
+    return b"data: %b\n\n" % to_json(data)
 
 
 async def until_disconnect(receive: Receive, work: Awaitable[T]) -> T:
