@@ -1,6 +1,7 @@
 """Our reader and writer of safetensors against the library, and against every kind of damage."""
 
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fourfold.checkpoint.storage.header import DTYPES, PlannedTensor, read_header
-from fourfold.checkpoint.storage.reader import read_tensor
+from fourfold.checkpoint.storage.reader import map_tensor, read_tensor
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.core.errors import FourfoldError
 
@@ -58,6 +59,35 @@ def test_the_library_reads_ours_and_we_read_theirs(tmp_path):
     for name, expected in load_file(tmp_path / "ours.safetensors").items():
         assert read[name].dtype == expected.dtype and read[name].shape == expected.shape
         assert torch.equal(read[name].reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+
+
+def test_a_mapped_tensor_is_the_one_in_the_file(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    big = {f"big.{dtype}": torch.randint(0, 2, (300, 500)).to(dtype) for dtype in MADE}
+    tensors = some_tensors() | big | {"odd": torch.ones(100_001).bool(), "after": torch.randn(200_000)}
+    write(path, tensors, list(tensors))
+    before = path.read_bytes()
+    for name, stored in read_header(path).items():
+        mapped = map_tensor(stored)
+        expected = tensors[name].reshape(-1).view(torch.uint8)
+        assert (mapped.dtype, tuple(mapped.shape)) == (stored.dtype, stored.shape)
+        assert torch.equal(mapped.reshape(-1).view(torch.uint8), expected)
+        mapped.zero_()
+    assert path.read_bytes() == before, "what is written to it stays in memory"
+
+
+def test_a_mapped_tensor_holds_no_copy(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_file({"t": torch.zeros(1 << 20, dtype=torch.uint8)}, path)
+    stored = read_header(path)["t"]
+    mapped, read = map_tensor(stored), read_tensor(stored)
+    with path.open("r+b") as file:
+        file.seek(stored.begin + (1 << 19))
+        file.write(b"\7")
+    assert mapped[1 << 19] == 7 and read[1 << 19] == 0
+    os.truncate(path, stored.begin + 5)
+    with pytest.raises(FourfoldError, match="ends inside the tensor 't'"):
+        map_tensor(stored)
 
 
 def test_a_written_tensor_must_be_the_planned_one(tmp_path):

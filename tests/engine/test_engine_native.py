@@ -1,6 +1,5 @@
 """The decoder as one C++ program: near float32's logits, and the same bits however the work is cut."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,6 +8,7 @@ from engine_models import CASES, build_case, continue_all, drain, greedy, load, 
 
 from fourfold.compress import Recipe, quantize
 from fourfold.engine import Request
+from fourfold.engine.packed_cache import FOLDER
 from fourfold.kernels import native_available, set_threads, threads
 from fourfold.kernels.cpu.packed import PackedWeight
 
@@ -152,12 +152,30 @@ def test_the_next_start_reads_what_was_packed(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("fourfold.engine.engine.LEAST_CACHED_BYTES", 0)
     folder = shutil.copytree(packed, tmp_path / "model")
     first = native(folder).logits(TOKENS)
-    monkeypatch.setattr(PackedWeight, "pack", None)
-    if "gpt_oss" in json.loads((folder / "config.json").read_text())["model_type"]:
-        return  # its experts are views into one tensor, and not cached
+    monkeypatch.setattr(PackedWeight, "pack_rows", None)
     assert np.array_equal(native(folder).logits(TOKENS), first)
     with pytest.raises(TypeError):
         native(folder, packed_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "case"), [("mixtral", "fused"), ("qwen3_moe", "fused"), ("gpt_oss", "plain")]
+)
+def test_stacks_of_experts_are_packed_once_and_again_when_the_file_is_damaged(
+    model, case, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fourfold.engine.engine.LEAST_CACHED_BYTES", 0)
+    folder, packings = build_case(tmp_path / "model", model, case), []
+    pack_rows = PackedWeight.pack_rows
+    monkeypatch.setattr(PackedWeight, "pack_rows", lambda w: packings.append(w) or pack_rows(w))
+    first = native(folder).logits(TOKENS)
+    count = len(packings)
+    assert count > 2 * load(folder).model.shape.layers, "no experts were packed"
+    assert np.array_equal(native(folder).logits(TOKENS), first) and len(packings) == count
+    (place,) = (folder / FOLDER).iterdir()
+    whole = place.read_bytes()
+    place.write_bytes(whole[:-4096] + bytes([whole[-4096] ^ 1]) + whole[-4095:])
+    assert np.array_equal(native(folder).logits(TOKENS), first) and len(packings) == 2 * count
 
 
 def test_what_the_program_cannot_say_is_left_to_torch(tiny_llama, tmp_path):

@@ -1,5 +1,7 @@
 """Packed linear layers against double precision: odd shapes, every byte, special values, every ISA."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,20 @@ def weight_of(kind: str, n: int, k: int, seed: int = 0) -> tuple[BlockTensor | t
         return dense.bfloat16(), dense.bfloat16().double().numpy()
     w = get_format("mxint8").quantize(dense)
     return w, w.dequantize(torch.float64).numpy()
+
+
+@each_kind
+def test_rows_of_several_matrices_are_packed_as_those_of_one(kind):
+    whole = weight_of(kind, 55, 96)[0]
+    parts = [
+        replace(whole, blocks=whole.blocks[rows], scales=whole.scales[rows])
+        if isinstance(whole, BlockTensor)
+        else whole[rows]
+        for rows in (slice(0, 16), slice(16, 48), slice(48, 55))
+    ]
+    together, packed = PackedWeight.pack_rows(parts), PackedWeight.pack(whole)
+    assert (together.n, together.k, together.kind) == (packed.n, packed.k, packed.kind)
+    assert torch.equal(together.data, packed.data)
 
 
 def rounded(x: torch.Tensor, kind: str, arithmetic: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fourfold.formats import BlockTensor
 
 
 class Checkpoint:
-    """A model's configuration and tensors. Nothing is held open or mapped between calls.
+    """A model's configuration and tensors. Nothing is held open between calls.
 
     ``config`` is config.json without quantization_config; ``quantization`` is what that said. ``kv_scales``
     maps k_proj and v_proj modules to the scale of an FP8 KV cache, where the checkpoint stores one: float32
@@ -61,6 +61,15 @@ class Checkpoint:
         """Read one tensor, and only its bytes. Raises FourfoldError when the file fails."""
         self.info(name)
         return self._tensors.load(name)
+
+    def mapped(self, name: str) -> torch.Tensor | BlockTensor:
+        """One tensor without a copy of what a file holds as it is: its bytes are read when they are touched.
+
+        The files must not be changed in place as long as it lives; replacing them does no harm. Raises as
+        ``load`` does.
+        """
+        self.info(name)
+        return self._tensors.mapped(name)
 
     def card(self) -> ModelCard:
         """What the model is, from configuration and headers alone."""

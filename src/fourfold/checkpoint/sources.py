@@ -10,7 +10,7 @@ from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import DIALECTS, Dialect, Entry, get_dialect
 from fourfold.checkpoint.folder import GENERATION_CONFIG, read_model_config, read_optional_json, read_shards
 from fourfold.checkpoint.storage.header import short
-from fourfold.checkpoint.storage.reader import read_tensor
+from fourfold.checkpoint.storage.reader import map_tensor, read_tensor
 from fourfold.checkpoint.tensors import TensorInfo
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -71,6 +71,10 @@ class FolderTensors:
     def load(self, name: str) -> torch.Tensor | BlockTensor:
         """Read one tensor."""
         return self.dialect.assemble(self.entries[name], read_tensor)
+
+    def mapped(self, name: str) -> torch.Tensor | BlockTensor:
+        """Map one tensor."""
+        return self.dialect.assemble(self.entries[name], map_tensor)
 
 
 def manifest_of(folder: Path) -> Manifest | None:

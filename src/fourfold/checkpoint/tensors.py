@@ -38,3 +38,7 @@ class TensorSource(Protocol):
     def load(self, name: str) -> "torch.Tensor | BlockTensor":
         """The tensor ``name``; only its own bytes are read."""
         ...
+
+    def mapped(self, name: str) -> "torch.Tensor | BlockTensor":
+        """The tensor ``name`` without a copy of its bytes, as far as they are in the file as they are."""
+        ...

@@ -5,15 +5,17 @@
 The router is computed in float32 whatever the dtype, since a rounding there is another expert. Rows are
 gathered for each expert and added back in the experts' order, so a token's sum does not hang on who else is
 in the batch. Checkpoints hold experts one by one, or all of a layer in two tensors [E, ...] (gpt-oss); here
-each is a GatedMLP of its own, packed as held, a view into the fused tensor where its rows need no sorting.
+each is a GatedMLP of its own, packed as held, a view into the fused tensor where its rows need no sorting,
+and read when it is needed: one expert after the other, whatever a layer of them takes.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fourfold.engine.layers import GatedMLP, Gating, Linear
+from fourfold.engine.layers import GatedMLP, Gating, Linear, Unread
 from fourfold.engine.shape import ExpertShape
 from fourfold.engine.weights import Weights
 from fourfold.formats import BlockTensor
@@ -106,21 +108,26 @@ def stacked(
     """The linear layers in the tensor ``name`` of logical ``shape`` [E, out, in], biases ``name``_bias."""
     count, rows, columns = shape
     transposed = said.transposed and not weights.is_packed(name)
-    held = weights.raw(name, (count, columns, rows) if transposed else shape)
-    if transposed:
-        assert isinstance(held, Tensor)
-        held = held.mT
-    offsets = weights.tensor(f"{name}_bias", (count, rows)) if said.bias else None
     order = [slice(0, None, 2), slice(1, None, 2)] if interleaved else [slice(None)]
-    activation = weights.activation(name)
-    return [
+
+    def read(number: int) -> Tensor | BlockTensor:
+        held = weights.held(name, (count, columns, rows) if transposed else shape)
+        if isinstance(held, Tensor) and transposed:
+            held = held.mT
+        return weights.cast(expert_rows(held, number, order))
+
+    offsets = weights.tensor(f"{name}_bias", (count, rows)) if said.bias else None
+    activation, form = weights.activation(name), weights.format(name)
+    linears = [
         Linear(
-            expert_rows(held, number, order),
+            Unread(f"{name}.{number}", (rows, columns), form, partial(read, number)),
             None if offsets is None else torch.cat([offsets[number, part] for part in order]),
             activation,
         )
         for number in range(count)
     ]
+    weights.unread += linears
+    return linears
 
 
 def expert_rows(held: Tensor | BlockTensor, number: int, order: list[slice]) -> Tensor | BlockTensor:

@@ -17,13 +17,15 @@ from fourfold.kernels import linear, rotate
 class Unread:
     """A weight [out, in] in blocks of ``format`` (None: plain) that ``read`` fetches when it is needed.
 
-    ``name`` is the checkpoint's, of all its parts where it is put together.
+    ``name`` is the checkpoint's, of all its parts where it is put together: then ``pieces`` are the layers
+    whose rows it has, one after the other.
     """
 
     name: str
     shape: tuple[int, int]
     format: str | None
     read: Callable[[], Tensor | BlockTensor]
+    pieces: "tuple[Linear, ...]" = ()
 
 
 class Linear:
@@ -59,6 +61,11 @@ class Linear:
     def name(self) -> str | None:
         """What the checkpoint calls W, as long as that is not read."""
         return self._weight.name if isinstance(self._weight, Unread) else None
+
+    @property
+    def pieces(self) -> "tuple[Linear, ...]":
+        """Layers whose rows, one after the other, are those of W; the layer itself if W is in one piece."""
+        return (isinstance(self._weight, Unread) and self._weight.pieces) or (self,)
 
     @property
     def format(self) -> str | None:

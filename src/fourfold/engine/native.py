@@ -26,11 +26,10 @@ from fourfold.engine.requests import ArithmeticName, EngineConfig
 from fourfold.engine.scheduler import Chunk
 from fourfold.formats import BlockTensor
 from fourfold.kernels import native_available, native_problem
-from fourfold.kernels.cpu.packed import PackedWeight
+from fourfold.kernels.cpu.packed import TILE_ROWS, PackedWeight
 from fourfold.kernels.cpu.program import Buffer, Gate, Mixture, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
 
-TILE_ROWS = 16  # of a packed weight
 HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
 PACKED_FORMATS = ("mxfp4", "mxint8")
 NEAR_INT8 = (None, "mxint8", "mxfp8-e4m3", "mxfp8-e5m2")
@@ -243,7 +242,9 @@ class _Recording:
         name = linear.name
         packed = self.cache.get(name) if self.cache is not None and name is not None else None
         if packed is None:
-            packed = PackedWeight.pack(bfloat16_unless(in_blocks(linear), linear.weight))
+            # rows of several layers are packed where they lie: put together first, they would be held twice
+            pieces = linear.pieces if whole_tiles(linear.pieces) else (linear,)
+            packed = PackedWeight.pack_rows([bfloat16_unless(in_blocks(p), p.weight) for p in pieces])
             if self.cache is not None and name is not None:
                 self.cache.put(name, packed)
         linear.weight = torch.empty(0)
@@ -331,6 +332,11 @@ def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
 def in_blocks(linear: Linear) -> bool:
     """Whether the program holds the weight in blocks too; others become bfloat16."""
     return linear.format in PACKED_FORMATS
+
+
+def whole_tiles(pieces: Seq[Linear]) -> bool:
+    """Whether each of ``pieces`` but the last ends where a tile of a packed weight does."""
+    return not any(piece.shape[0] % TILE_ROWS for piece in pieces[:-1])
 
 
 def bfloat16_unless(in_blocks: bool, weight: Tensor | BlockTensor) -> Tensor | BlockTensor:

@@ -26,23 +26,33 @@ class Weights:
         """Whether the checkpoint has the parameter ``name``."""
         return name in self._names
 
+    def format(self, name: str) -> str | None:
+        """The block format of the parameter ``name``; None when it is plain, or missing."""
+        return self.checkpoint.info(name).format if name in self._names else None
+
     def is_packed(self, name: str) -> bool:
         """Whether the checkpoint has the parameter ``name``, and in blocks."""
-        return name in self._names and self.checkpoint.info(name).format is not None
+        return self.format(name) is not None
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
         """A parameter in blocks as held, or in the engine's dtype; raises as ``held`` does."""
-        value = self.held(name, shape)
+        return self.cast(self.held(name, shape))
+
+    def cast(self, value: Tensor | BlockTensor) -> Tensor | BlockTensor:
+        """``value`` in the engine's dtype, unless it is in blocks."""
         return value if isinstance(value, BlockTensor) else value.to(self.dtype)
 
     def held(self, name: str, shape: tuple[int, ...]) -> Tensor | BlockTensor:
-        """A parameter as held. Raises FourfoldError when missing, not of ``shape`` or not a plain float."""
+        """A parameter as held, mapped where it can be: what is never touched is never read.
+
+        Raises FourfoldError when missing, not of ``shape`` or not a plain float.
+        """
         if name not in self._names:
             raise FourfoldError(
                 f"{self.checkpoint.source} has no tensor '{name}', which its config's architecture needs. "
                 "The checkpoint is incomplete or its config.json belongs to another model; fetch it again."
             )
-        value = self.checkpoint.load(name)
+        value = self.checkpoint.mapped(name)
         if tuple(value.shape) != shape:
             raise FourfoldError(
                 f"Tensor '{name}' of {self.checkpoint.source} has shape {list(value.shape)}, but "
@@ -68,10 +78,9 @@ class Weights:
     def linear(self, module: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
         """The linear layer ``module``, its weight [out, in] as held and its scheme's activation format."""
         name, shape = f"{module}.weight", (out_features, in_features)
-        form = self.checkpoint.info(name).format if name in self._names else None
         offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
         linear = Linear(
-            Unread(name, shape, form, lambda: self.raw(name, shape)),
+            Unread(name, shape, self.format(name), lambda: self.raw(name, shape)),
             offset,
             self.activation(module),
             self.rotation(module),
@@ -117,6 +126,7 @@ class Weights:
             (sum(outs.values()), in_features),
             parts[0].format,
             lambda: concatenate([part.weight for part in parts]),
+            tuple(parts),
         )
         fused = Linear(
             weight, torch.cat(offsets) if offsets else None, parts[0].activation, parts[0].rotation
@@ -127,7 +137,7 @@ class Weights:
     def _may_fuse(self, prefix: str, names: Iterable[str]) -> bool:
         """Whether all layers ``prefix`` + name are held alike, and none under a scale of the whole tensor."""
         held = [f"{prefix}{name}.weight" for name in names]
-        forms = {self.checkpoint.info(name).format for name in held if name in self._names}
+        forms = {self.format(name) for name in held if name in self._names}
         return len(forms) <= 1 and forms.isdisjoint(WHOLE_TENSOR_SCALES)
 
 

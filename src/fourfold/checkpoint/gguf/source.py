@@ -62,6 +62,8 @@ class GGUFTensors:
         values = expand(read_bytes(self.path, placed.stored), placed.stored, placed.offset)
         return values if placed.heads is None else unpermute(values, placed.heads)
 
+    mapped = load  # there is nothing to map, since every tensor is expanded
+
 
 class GGUFCheckpoint(Checkpoint):
     """A checkpoint whose tokenizer is inside the GGUF file."""

@@ -1,5 +1,6 @@
-"""One tensor's bytes from a file into torch by pread: memory is that tensor's and nothing stays mapped."""
+"""One tensor's bytes from a file into torch: read into memory of its own, or mapped where they lie."""
 
+import mmap
 import os
 from pathlib import Path
 
@@ -9,12 +10,33 @@ from fourfold.checkpoint.storage.header import StoredTensor, broken, short
 from fourfold.core.errors import FourfoldError
 
 MAX_READ_BYTES = 1 << 30  # Linux reads at most 2 GiB a call
+LEAST_MAPPED_BYTES = 1 << 16  # less is read sooner than mapped
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The tensor [stored.shape] of stored.dtype. Raises FourfoldError when the file fails or is too short."""
     raw = torch.empty(stored.nbytes, dtype=torch.uint8)
     read_into(stored.path, stored.begin, raw.numpy().data, stored.name)
+    return raw.view(stored.dtype).reshape(stored.shape)
+
+
+def map_tensor(stored: StoredTensor) -> torch.Tensor:
+    """The same without a copy: the tensor's pages are read when they are touched, and go when it goes.
+
+    It may be written to, which does not reach the file; the file must not be changed in place meanwhile.
+    """
+    if stored.nbytes < LEAST_MAPPED_BYTES or stored.begin % stored.dtype.itemsize:
+        return read_tensor(stored)
+    into_page = stored.begin % mmap.ALLOCATIONGRANULARITY
+    size, offset = into_page + stored.nbytes, stored.begin - into_page
+    try:
+        with stored.path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
+    except ValueError:
+        raise broken(stored.path, f"it ends inside the tensor '{short(stored.name)}'") from None
+    except OSError as error:
+        raise unreadable(stored.path, stored.name, error) from error
+    raw = torch.frombuffer(pages, dtype=torch.uint8, count=stored.nbytes, offset=into_page)
     return raw.view(stored.dtype).reshape(stored.shape)
 
 
@@ -32,4 +54,9 @@ def read_into(path: Path, begin: int, target: memoryview, name: str) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise FourfoldError(f"Cannot read '{short(name)}' from {path}: {error.strerror}.") from error
+        raise unreadable(path, name, error) from error
+
+
+def unreadable(path: Path, name: str, error: OSError) -> FourfoldError:
+    """The error for a file that the system does not let us read."""
+    return FourfoldError(f"Cannot read '{short(name)}' from {path}: {error.strerror}.")

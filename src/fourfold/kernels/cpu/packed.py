@@ -6,7 +6,8 @@ int8 per block of 32: ``reference.round_to_int8_blocks``) or "exact" (inputs rou
 weights take only "exact".
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +16,7 @@ from fourfold.formats import BlockTensor
 from fourfold.kernels.cpu import native
 from fourfold.kernels.cpu.memory import large_pages
 
+TILE_ROWS = 16
 KINDS = {"mxfp4": "mxfp4", "mxint8": "int8"}
 
 
@@ -36,11 +38,24 @@ class PackedWeight:
 
         Raises FourfoldError for any other format or shape, and where there is no C++ extension.
         """
-        kind, codes, scales = _parts(weight)
-        n, k = weight.shape
-        data = large_pages(*packed_shape(kind, n, k))
-        _extension().packed_pack(codes, scales, data, kind)
-        return cls(kind, n, k, data, None if bias is None else bias.detach().float().contiguous())
+        packed = cls.pack_rows([weight])
+        return packed if bias is None else replace(packed, bias=bias.detach().float().contiguous())
+
+    @classmethod
+    def pack_rows(cls, weights: Sequence[BlockTensor | torch.Tensor]) -> "PackedWeight":
+        """Packs matrices [n_i, k] of one format as one [sum n_i, k]; each n_i but the last fills its tiles.
+
+        Raises FourfoldError as ``pack`` does.
+        """
+        parts = [_parts(weight) for weight in weights]
+        kind, n, k = parts[0][0], sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        data, row = large_pages(*packed_shape(kind, n, k)), 0
+        for weight, (own, codes, scales) in zip(weights, parts, strict=True):
+            assert own == kind and weight.shape[1] == k and row % TILE_ROWS == 0
+            own_tiles = data[row // TILE_ROWS : -(-(row + weight.shape[0]) // TILE_ROWS)]
+            _extension().packed_pack(codes, scales, own_tiles, kind)
+            row += weight.shape[0]
+        return cls(kind, n, k, data)
 
     def linear(self, x: torch.Tensor, arithmetic: str = "int8", isa: str = "auto") -> torch.Tensor:
         """``x`` [..., k] times the weight transposed, plus the bias: [..., n] in the dtype of ``x``."""
