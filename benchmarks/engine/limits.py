@@ -10,13 +10,19 @@ from results import Limits, ModelRun, Row
 KV_BYTES = 2  # bfloat16 or float16 in every engine
 
 
-def measure_limits(threads: int, work: Path) -> Limits:
-    """Compile with the system's C++ compiler and run."""
-    source, program = Path(__file__).with_name("limits.cpp"), work / "limits"
-    flags = ["-O3", "-march=native", "-std=c++20", "-pthread"]
-    subprocess.run(["c++", *flags, str(source), "-o", str(program)], check=True)
-    found = subprocess.run([str(program), str(threads)], check=True, capture_output=True)
-    return Limits.model_validate(json.loads(found.stdout))
+class Probe:
+    """limits.cpp, compiled into ``work`` with the system's C++ compiler; a call measures for a second."""
+
+    def __init__(self, threads: int, work: Path):
+        self.command = [str(work / "limits"), str(threads)]
+        source = str(Path(__file__).with_name("limits.cpp"))
+        flags = ["-O3", "-march=native", "-std=c++20", "-pthread"]
+        subprocess.run(["c++", *flags, source, "-o", self.command[0]], check=True)
+
+    def __call__(self) -> Limits:
+        """The roofs of this moment."""
+        found = subprocess.run(self.command, check=True, capture_output=True)
+        return Limits.model_validate(json.loads(found.stdout))
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ from fourfold.core.records import Machine, Record
 
 
 class Limits(Record):
-    """The roofs of the machine, measured in the same run with the same number of threads.
+    """The roofs of the machine, with the same number of threads as the engines.
 
-    Measured before the first model and after each; the highest count, since nothing measures too much.
+    Other guests of a host move them, so they are measured in every round of every row; medians count.
     """
 
     read_bytes_s: float
     int8_ops_s: float
     bf16_ops_s: float
 
-    def highest(self, other: "Limits") -> "Limits":
-        """Each roof as high as it was ever seen."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return Limits.model_validate({name: max(value, theirs[name]) for name, value in mine.items()})
+    @classmethod
+    def median(cls, probes: list["Limits"]) -> "Limits":
+        """Of each roof by itself."""
+        fields = [probe.model_dump() for probe in probes]
+        return cls.model_validate({name: statistics.median(f[name] for f in fields) for name in fields[0]})
 
 
 class Row(Record):
@@ -79,6 +80,11 @@ class ModelRun(Record):
     rows: list[Row]
     engines: list[EngineFacts]
     measured: list[Measured]
+    probes: dict[str, list[Limits]] = Field(description="the roofs in each row's rounds")
+
+    def limits(self, row: str) -> Limits:
+        """The roofs while ``row`` was measured."""
+        return Limits.median(self.probes[row])
 
     def find(self, row: str, engine: str) -> Measured | None:
         """The figures of one engine in one row."""
@@ -94,5 +100,9 @@ class EngineBenchmark(Record):
     load_before: float = Field(
         description="load average when the run began: above ~0.3 the figures are noisy"
     )
-    limits: Limits
     models: list[ModelRun]
+
+    @property
+    def limits(self) -> Limits:
+        """The roofs over all rows of all models."""
+        return Limits.median([p for model in self.models for row in model.probes.values() for p in row])

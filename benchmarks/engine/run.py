@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, OURS, REFERENCE, Contender, Process
-from limits import measure_limits
-from results import EngineBenchmark, EngineFacts, Measured, ModelRun, Row
+from limits import Probe
+from results import EngineBenchmark, EngineFacts, Limits, Measured, ModelRun, Row
 from roofline import draw
 from table import write_table
 
@@ -105,8 +105,8 @@ def busy_cores(threads: int) -> Iterator[None]:
 class ModelBenchmark:
     """All engines on one model."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, work: Path):
-        self.folder, self.options, self.work = folder, options, work
+    def __init__(self, folder: Path, options: argparse.Namespace, probe: Probe):
+        self.folder, self.options, self.work, self.probe = folder, options, options.out, probe
         self.config = json.loads((folder / "bf16" / "config.json").read_text())
         large = self.config["hidden_size"] >= 2048
         self.rows, self.judged_tokens = rows_of(large), 256 if large else 1024
@@ -120,6 +120,7 @@ class ModelBenchmark:
         self.rates: dict[tuple[str, str], list[float]] = {}
         self.busy: dict[tuple[str, str], list[float]] = {}
         self.timed: dict[tuple[str, str], list[tuple[list[list[int]], list[list[int]]]]] = {}
+        self.probes: dict[str, list[Limits]] = {row.name: [] for row in self.rows}
         self.judges: dict[str, Process] = {}
 
     def run(self) -> ModelRun:
@@ -166,6 +167,7 @@ class ModelBenchmark:
             for row in self.rows:
                 for process in self.engines[first:] + self.engines[:first]:
                     self.measure(process, row, turn)
+                self.probes[row.name].append(self.probe())
 
     def measure(self, process: Process, row: Row, turn: int) -> None:
         """One row, one engine, one round; the first tokens of a row are kept to be judged."""
@@ -212,6 +214,7 @@ class ModelBenchmark:
             rows=self.rows,
             engines=engines,
             measured=[self.measured(row, p.contender) for row in self.rows for p in self.engines],
+            probes=self.probes,
         )
 
     def facts_of(self, process: Process) -> EngineFacts:
@@ -303,18 +306,15 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines' processes end too
-    load_before, created, models = os.getloadavg()[0], now(), []
+    load_before, created = os.getloadavg()[0], now()
     with tempfile.TemporaryDirectory(prefix="limits-") as folder:
-        limits = measure_limits(options.threads, Path(folder))
-        for model in options.models:
-            models.append(ModelBenchmark(model, options, options.out).run())
-            limits = limits.highest(measure_limits(options.threads, Path(folder)))
+        probe = Probe(options.threads, Path(folder))
+        models = [ModelBenchmark(model, options, probe).run() for model in options.models]
     result = EngineBenchmark(
         created=created,
         machine=describe_machine(),
         threads=options.threads,
         load_before=load_before,
-        limits=limits,
         models=models,
     )
     (options.out / "run.json").write_text(result.model_dump_json(indent=2) + "\n")

@@ -21,14 +21,12 @@ def write_table(result: EngineBenchmark) -> str:
         f"{result.load_before:.1f}. Reads {limits.read_bytes_s / 1e9:.1f} GB/s, int8 "
         f"{limits.int8_ops_s / 1e9:.0f} GOPS, bf16 {limits.bf16_ops_s / 1e9:.0f} GFLOPS."
     )
-    return (
-        "\n\n".join([head, *(part for model in result.models for part in model_parts(result, model))]) + "\n"
-    )
+    return "\n\n".join([head, *(part for model in result.models for part in model_parts(model))]) + "\n"
 
 
-def model_parts(result: EngineBenchmark, model: ModelRun) -> list[str]:
+def model_parts(model: ModelRun) -> list[str]:
     """The tables of one model."""
-    parts = [f"### {model.model}", speeds(model), limits_table(result, model), checks(model), memory(model)]
+    parts = [f"### {model.model}", speeds(model), limits_table(model), checks(model), memory(model)]
     return [*parts, *([busy(model)] if any(m.busy_rounds for m in model.measured) else [])]
 
 
@@ -73,14 +71,15 @@ def against(model: ModelRun, row: Row) -> str:
     return f"**{ratio(ours.median / best.median)}** ({best.engine})"
 
 
-def limits_table(result: EngineBenchmark, model: ModelRun) -> str:
+def limits_table(model: ModelRun) -> str:
     """What the roofs allow in each row, and how much of it each engine reached."""
 
     def cell(m: Measured) -> str:
         row = next(r for r in model.rows if r.name == m.row)
         work = work_of(model, row, BITS[m.engine])
-        limit = work.limit(result.limits)
-        return f"{percent(m.median / limit, 0)} of {figure(limit)} ({work.bound(result.limits)})"
+        limits = model.limits(row.name)
+        limit = work.limit(limits)
+        return f"{percent(m.median / limit, 0)} of {figure(limit)} ({work.bound(limits)})"
 
     return per_engine(model, "share of its own limit", cell)
 

@@ -1,5 +1,7 @@
 """Weights trained through their rounding on the whole model's logits, and that whole model."""
 
+from functools import partial
+
 import pytest
 import torch
 from compress_models import read_all
@@ -7,13 +9,18 @@ from layer_at_work import at_work, build_model, recipe_of, run_passes, tokens
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import quantize
+from fourfold.compress.calibrated.loop import LayerLoop
 from fourfold.compress.calibrated.skeleton import Skeleton
+from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibration import CalibrationSet
+from fourfold.compress.model import Model
 from fourfold.compress.passes import distill
-from fourfold.compress.pipeline import check_recipe, prepare
+from fourfold.compress.pipeline import Change, check_recipe, prepare
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.core.errors import FourfoldError, UsageError
+
+TRAINED = {"steps": 4, "sequences": 2, "micro": 2}
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +28,21 @@ def model(tmp_path_factory):
     return build_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+def prepared_by(model, recipe) -> Model:
+    return prepare(recipe, resolve(open_source(model), recipe).model)
+
+
 def skeleton_of(model, *passes, **formats) -> Skeleton:
-    recipe = recipe_of(*passes, **formats)
-    prepared = prepare(recipe, resolve(open_source(model), recipe).model)
-    return Skeleton(prepared, torch.device("cpu"))
+    return Skeleton(prepared_by(model, recipe_of(*passes, **formats)), torch.device("cpu"))
+
+
+def change_of(folder, store, *passes, calibration=None) -> tuple[LayerLoop, Change]:
+    """What the passes before the last one do to a whole model, once they have learned."""
+    recipe = recipe_of(*passes, activation="mxfp4")
+    calibration = calibration or seen_twice()
+    loop = LayerLoop(prepared_by(folder, recipe), recipe, calibration, LayerStore(store), torch.device("cpu"))
+    loop.learn()
+    return loop, partial(loop.change, loop.passes[:-1])
 
 
 def seen_twice(count: int = 6) -> CalibrationSet:
@@ -37,7 +55,12 @@ def learn(model, *before, activation=None, **options) -> dict[str, torch.Tensor]
     chosen = distill.Options.model_validate(
         {"steps": 60, "sequences": 6, "holdout": 0.5, "lr": 2e-3, "norms": False, **options}
     )
-    return distill.learn(skeleton_of(model, *before, "distill", activation=activation), seen_twice(), chosen)
+    skeleton = skeleton_of(model, *before, "distill", activation=activation)
+    return distill.learn(skeleton, seen_twice(), chosen, unchanged)
+
+
+def unchanged(model: WholeModel) -> None:
+    """No pass comes before."""
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -52,24 +75,43 @@ def test_the_whole_model_is_that_of_transformers(tmp_path, tied):
     assert not any(parameter.requires_grad for parameter in whole.layers.parameters())
 
 
-def test_a_rotated_model_computes_the_same(model):
-    whole = WholeModel(skeleton_of(model, "block-rotation", "distill"))
+@pytest.mark.parametrize("before", ["block-rotation", {"kl-rotation": TRAINED}], ids=["fixed", "trained"])
+def test_a_rotated_model_computes_the_same(model, tmp_path, before):
+    loop, change = change_of(model, tmp_path, before, "rtn")
+    whole = WholeModel(loop.skeleton)
     ids = tokens(2).token_ids
-    before, weight = whole(ids), whole.linears["model.layers.0.mlp.up_proj"].weight.clone()
-    whole.rotate()
+    expected, weight = whole(ids), whole.linears["model.layers.0.mlp.up_proj"].weight.clone()
+    change(whole)
     assert not torch.allclose(whole.linears["model.layers.0.mlp.up_proj"].weight, weight)
-    torch.testing.assert_close(whole(ids), before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(whole(ids), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rotation", ["block-rotation", {"kl-rotation": TRAINED}], ids=["fixed", "trained"])
+def test_training_begins_where_the_rotation_ended(model, tmp_path, rotation):
+    """The divergence before the first step is that of the recipe that rounds to nearest instead."""
+    options = {"steps": 8, "sequences": 6, "holdout": 0.5, "lr": 1e-3}
+    recipe = recipe_of(rotation, {"distill": options}, activation="mxfp4")
+    quantize(model, tmp_path / "out", recipe, calibration=seen_twice())
+    loop, change = change_of(model, tmp_path, rotation, "rtn")
+    chosen = distill.Options.model_validate(options)
+    first, least = distill.learn(loop.skeleton, seen_twice(), chosen, change)[distill.REPORT].tolist()
+    base, whole = WholeModel(loop.skeleton), WholeModel(loop.skeleton)
+    change(whole)
+    distill.start(loop.skeleton, whole, chosen).latents.write()
+    held = seen_twice().token_ids[-6:]
+    assert first == pytest.approx(distill.divergence(base, whole, held, 6), rel=1e-4)
+    assert least < first
+    assert f"from {first:.4g} to {least:.4g}" in " ".join(open_checkpoint(tmp_path / "out").card().notes)
 
 
 @pytest.mark.parametrize(
     ("before", "activation", "options"),
     [
         ([], None, {}),
-        (["block-rotation"], "mxfp4", {}),
         ([], None, {"own": 8, "micro": 3}),
         ([], None, {"norms": True, "lr": 1e-9, "norm_lr": 0.02, "steps": 20}),
     ],
-    ids=["weights", "rotated-w4a4", "own-text", "norms"],
+    ids=["weights", "own-text", "norms"],
 )
 def test_the_divergence_falls(model, before, activation, options):
     first, least = learn(model, *before, activation=activation, **options)[distill.REPORT].tolist()
@@ -99,6 +141,7 @@ def test_what_is_learned_is_what_is_written_twice_over(model, tmp_path):
         skeleton_of(model, "distill", activation="mxfp8-e4m3"),
         seen_twice(),
         distill.Options.model_validate(options),
+        unchanged,
     )
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(checkpoint.load(f"{name}.weight").blocks, learned[f"{name}.blocks"])
@@ -115,8 +158,9 @@ def test_a_weight_that_another_pass_changed_is_refused(model, tmp_path):
         run_passes(work, recipe_of("distill"))
 
 
-def test_only_a_fixed_rotation_may_come_before():
+def test_only_rotations_may_come_before():
     check_recipe(recipe_of("block-rotation", "distill"))
+    check_recipe(recipe_of("kl-rotation", "distill"))
     with pytest.raises(UsageError, match=r"'smoothquant' before 'distill'.*block-rotation may come before"):
         check_recipe(recipe_of("smoothquant", "distill"))
 
@@ -132,4 +176,4 @@ def test_a_gpu_that_is_too_small_is_told(model, monkeypatch):
 
 def test_one_sequence_is_too_few(model):
     with pytest.raises(UsageError, match="at least two calibration sequences"):
-        distill.learn(skeleton_of(model, "distill"), tokens(1), distill.Options.model_validate({}))
+        distill.learn(skeleton_of(model, "distill"), tokens(1), distill.Options.model_validate({}), unchanged)

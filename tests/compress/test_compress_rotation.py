@@ -221,7 +221,7 @@ def test_experts_share_what_they_read_and_a_router_is_left_alone(tmp_path):
     recipe = recipe_of({"kl-rotation": FEW_STEPS | {"steps": 1}}, "rtn")
     model = prepare(recipe, resolve(open_source(moe), recipe).model)
     options = kl_rotation.Options(**FEW_STEPS | {"steps": 1})
-    learned = kl_rotation.learn(Skeleton(model, torch.device("cpu")), tokens(2), options)
+    learned = kl_rotation.learn(Skeleton(model, torch.device("cpu")), tokens(2), options, lambda model: None)
     experts = "model.layers.0.mlp.experts"
     assert torch.equal(
         learned[f"{experts}.0.up_proj.input_rotation"], learned[f"{experts}.3.gate_proj.input_rotation"]

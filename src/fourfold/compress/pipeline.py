@@ -25,11 +25,13 @@ from fourfold.formats import ScaleRule, get_format
 
 if TYPE_CHECKING:
     from fourfold.compress.calibrated.skeleton import Skeleton
+    from fourfold.compress.calibrated.whole import WholeModel
     from fourfold.compress.calibrated.work import LayerWork
     from fourfold.compress.calibration import CalibrationSet
 
 PASSES = Registry("fourfold.compress.passes", "PASS", "pass")
 ORDER = ("smooth", "rotate", "round")
+Change = Callable[["WholeModel"], None]
 
 
 class NoOptions(Record):
@@ -40,6 +42,8 @@ class NoOptions(Record):
 class Pass:
     """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
 
+    ``learn(skeleton, calibration, options, change)`` sees the whole model before any layer is worked on;
+    ``change(model)`` does to a WholeModel what the passes before this one will do to its layers.
     ``needs_base(options)``: its ``layer`` reads ``work.base_inputs``; with ``shows_base`` it observes all of
     them before it changes the layer, so that nobody else need run them. ``options`` is the schema of what a
     recipe may say. ``only_after`` are the passes that may come before it; None: any.
@@ -49,7 +53,7 @@ class Pass:
     kind: Literal["smooth", "rotate", "round"]
     apply: Callable[[Model], Model] | None = None
     prepare: Callable[[Model, Any], Model] | None = None
-    learn: "Callable[[Skeleton, CalibrationSet, Any], dict[str, torch.Tensor]] | None" = None
+    learn: "Callable[[Skeleton, CalibrationSet, Any, Change], dict[str, torch.Tensor]] | None" = None
     layer: "Callable[[LayerWork, Any], None] | None" = None
     options: type[Record] = NoOptions
     needs_base: Callable[[Any], bool] = lambda options: False

@@ -9,7 +9,7 @@ Where the recipe says ``inputs: original``, each layer gets what the original mo
 then layers do not wait for each other, and others may make them (``make`` with ``original_states``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,12 +25,13 @@ from fourfold.compress.calibrated.rotation import rotation_of
 from fourfold.compress.calibrated.routing import ExpertTokens, summarise
 from fourfold.compress.calibrated.skeleton import Call, Skeleton
 from fourfold.compress.calibrated.store import FinishedLayer, LayerStore
+from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.kv_calibration import KVObserver
 from fourfold.compress.model import Model, Value, plain
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
-from fourfold.compress.pipeline import Pass, get_pass, options_of
+from fourfold.compress.pipeline import Change, Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
@@ -93,9 +94,10 @@ class LayerLoop:
 
     def learn(self) -> None:
         """Learn what passes learn over the whole model, or take it from the store."""
-        for chosen, options in self.passes:
+        for place, (chosen, options) in enumerate(self.passes):
             if chosen.learn is not None:
-                self._learned[chosen.name] = self._learn(chosen, options)
+                change = partial(self.change, self.passes[:place])
+                self._learned[chosen.name] = self._learn(chosen, options, change)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -220,6 +222,9 @@ class LayerLoop:
         module = self.skeleton.materialise(index)
         for name, parameter in self.skeleton.parameters(index, module).items():
             check_finite(name, parameter)
+        return self._work(index, module)
+
+    def _work(self, index: int, module: nn.Module) -> LayerWork:
         linears = self.skeleton.logical_linears(index, module)
         layers = self.model.quantization.layers
         schemes = {name: layers[name] for name in linears if name in layers}
@@ -242,11 +247,25 @@ class LayerLoop:
         """The recipe's passes on one layer; what none of them rounds is rounded to nearest."""
         if any(chosen.layer is not None for chosen, _ in self.passes):
             work.survey_experts()
-        for chosen, options in self.passes:
+        self._run(self.passes, work)
+        work.round_rest(round_to_nearest)
+
+    def _run(self, passes: Sequence[tuple[Pass, Record]], work: LayerWork) -> None:
+        for chosen, options in passes:
             if chosen.layer is not None:
                 work.learned = self._learned.get(chosen.name, {})
                 chosen.layer(work, options)
-        work.round_rest(round_to_nearest)
+
+    @torch.no_grad()
+    def change(self, passes: Sequence[tuple[Pass, Record]], model: WholeModel) -> None:
+        """Let ``passes``, which do not round, change ``model`` as they will change every layer by itself."""
+        inputs, self._calls = self.skeleton.enter([self.calibration.token_ids[:1]])
+        self._inputs, self._base_inputs = [hidden.to(HIDDEN_DTYPE) for hidden in inputs], None
+        for index, layer in enumerate(model.layers):
+            work = self._work(index, layer)
+            outputs = work.outputs(self._inputs)
+            self._run(passes, work)
+            self._inputs = outputs
 
     def values(self, work: LayerWork) -> dict[str, Value]:
         """The finished tensors of the layer, as the checkpoint will hold them."""
@@ -306,12 +325,12 @@ class LayerLoop:
         inside, names = self.skeleton.inside(work.index), self.skeleton.names
         return [(names[inside + name], parameter) for name, parameter in work.module.named_parameters()]
 
-    def _learn(self, chosen: Pass, options: Record) -> dict[str, torch.Tensor]:
+    def _learn(self, chosen: Pass, options: Record, change: Change) -> dict[str, torch.Tensor]:
         found = self.store.find(chosen.name)
         if found is None:
             assert chosen.learn is not None
             with torch.enable_grad():
-                learned = chosen.learn(self.skeleton, self.calibration, options)
+                learned = chosen.learn(self.skeleton, self.calibration, options, change)
             found = self.store.save(chosen.name, {n: t.detach().cpu() for n, t in learned.items()}, [])
         return {
             n: v for n, v in self.store.load_all(chosen.name, found).items() if isinstance(v, torch.Tensor)

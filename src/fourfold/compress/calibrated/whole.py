@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import plain
-from fourfold.compress.rotated import turn_weight
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
-from fourfold.formats import get_format, hadamard
+from fourfold.formats import get_format
 
 
 class WholeModel:
@@ -43,13 +42,6 @@ class WholeModel:
         """Logits [B, T, vocabulary] in float32 of token ids [B, T]; bfloat16 products on a GPU."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.net(input_ids=token_ids.to(self.device), use_cache=False).logits.float()
-
-    def rotate(self) -> None:
-        """Turn inputs and weights where the scheme says ``hadamard``. The function stays the same."""
-        matrix = hadamard().to(self.device)
-        for name, scheme in self.schemes.items():
-            if scheme.input_transform == "hadamard":
-                turn_weight(self.linears[name], matrix)
 
     def round_inputs(self) -> None:
         """From now on inputs are rounded as the served model rounds them."""

@@ -9,7 +9,7 @@ simulated. ``norms`` also trains the norm weights of the decoder layers, which a
 Few tokens tell little about many weights, so the model writes ``own`` more sequences by itself, as many as
 training wants: they cost time and no data, and cannot be overfitted for long. The last ``holdout`` share of
 the calibration set is never trained on; of the start and ``checks`` later points the one with the smallest
-divergence there is kept. Only ``block-rotation`` may come before it.
+divergence there is kept. Only rotations may come before it.
 
 The price: original and quantized model in memory with everything that training needs, about 30 bytes a
 parameter and the activations of ``micro`` sequences, and a few GPU minutes for 100 million parameters. For
@@ -29,7 +29,7 @@ from fourfold.compress.calibrated.whole import WholeModel, divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.passes.rtn import check_finite
-from fourfold.compress.pipeline import Pass
+from fourfold.compress.pipeline import Change, Pass
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
@@ -96,14 +96,16 @@ class Student:
         return kept
 
 
-def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
+def learn(
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+) -> dict[str, torch.Tensor]:
     """Per weight its final ``.blocks``, ``.scales`` and a ``.total`` that tells which weight they are for.
 
     Raises UsageError for fewer than two sequences, FourfoldError for NaN or Inf in a weight and when the
     GPU's memory is not enough.
     """
     try:
-        return _learn(skeleton, calibration, options)
+        return _learn(skeleton, calibration, options, change)
     except torch.OutOfMemoryError as error:
         raise FourfoldError(
             f"The GPU ran out of memory while 'distill' trained on {options.micro} sequences of "
@@ -112,13 +114,15 @@ def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> 
         ) from error
 
 
-def _learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
+def _learn(
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+) -> dict[str, torch.Tensor]:
     train_ids, held = split(calibration, options)
     base, model = WholeModel(skeleton), WholeModel(skeleton)
     if options.own:
         length = train_ids.shape[1]
         train_ids = torch.cat([train_ids, write_together(base, options.own, length, options.seed)])
-    model.rotate()
+    change(model)
     totals = {name + TOTAL: total(model.linears[name].weight) for name in model.schemes}
     student = start(skeleton, model, options)
     batches = Batches(train_ids, options.sequences, options.seed)
@@ -255,5 +259,10 @@ def total(weight: torch.Tensor) -> torch.Tensor:
 
 
 PASS = Pass(
-    "distill", "round", learn=learn, layer=round_layer, options=Options, only_after=("block-rotation",)
+    "distill",
+    "round",
+    learn=learn,
+    layer=round_layer,
+    options=Options,
+    only_after=("block-rotation", "kl-rotation"),
 )

@@ -41,7 +41,7 @@ from fourfold.compress.calibrated.whole import divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Entry, Model
-from fourfold.compress.pipeline import Pass
+from fourfold.compress.pipeline import Change, Pass
 from fourfold.compress.rotated import note_online, rotated_model, turn_weight
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
@@ -84,7 +84,9 @@ def _untrained(name: str) -> torch.Tensor:
     raise FourfoldError(f"{name} has not been trained yet. Run the recipe again with --resume.")
 
 
-def learn(skeleton: Skeleton, calibration: CalibrationSet, options: Options) -> dict[str, torch.Tensor]:
+def learn(
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+) -> dict[str, torch.Tensor]:
     """Per rotated module its ``.input_rotation``, per layer and source of a group its ``.smoothing``.
 
     Raises FourfoldError when the memory is not there, or the divergence is no number.
