@@ -6,7 +6,8 @@ python benchmarks/accuracy/compare.py MODEL --calibration TEXT --texts TEXT... -
 Recipes are run by Fourfold once per seed; checkpoints are those that a peer made from the same tokens
 (benchmarks/accuracy/tokens.py), given with their seed. ``--activation`` says what rounds the inputs of a
 scheme where a checkpoint cannot; what a recipe makes is judged in the schemes of ``--also``, too. Every
-result is added to RESULTS.json, and the table is printed from there, so that runs on several machines come together (without MODEL's --recipe and --checkpoint it only prints).
+result is added to RESULTS.json, and the table is printed from there, so that runs on several machines come
+together (without MODEL's --recipe and --checkpoint it only prints).
 
 The share of the gap that is closed is (L_rtn - L) / (L_rtn - L_base) of the mean losses, over all windows of
 all texts. Its interval (95 %, Student) is over the seeds; asserted: the base's loss is the same in all runs.

@@ -28,7 +28,7 @@ def serve(
 
     from fourfold.core.errors import UsageError
     from fourfold.engine import EngineConfig
-    from fourfold.server import serve as run
+    from fourfold.server.launch import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
     options |= {"kv_cache": check_kv_cache(kv_cache), "arithmetic": arithmetic}

@@ -1,7 +1,4 @@
-"""The OpenAI-compatible HTTP server over one engine."""
+"""The OpenAI-compatible HTTP server over one engine: ``launch.serve``; ``local`` is the engine without one.
 
-from fourfold.server.app import create_app
-from fourfold.server.launch import serve
-from fourfold.server.loop import EngineLoop
-
-__all__ = ["EngineLoop", "create_app", "serve"]
+Nothing is imported here, so that a terminal waits for no web framework.
+"""

@@ -33,16 +33,12 @@ class Generation:
     completion_tokens: int = 0
     cached_tokens: dict[int, int] = field(default_factory=dict)
 
-    async def batches(self) -> AsyncGenerator[list[tuple[int, TokenOutput]], None]:
-        """What arrives, counted and timed; closing this aborts what is unfinished."""
-        try:
-            async for batch in self.stream:
-                self.completion_tokens += len(batch)
-                self.cached_tokens |= {index: output.cached_tokens for index, output in batch}
-                self.watch.tokens([index for index, _ in batch])
-                yield batch
-        finally:
-            self.stream.close()
+    def count(self, batch: list[tuple[int, TokenOutput]]) -> None:
+        """Count and time what has arrived."""
+        self.completion_tokens += len(batch)
+        for index, output in batch:
+            if self.watch.token(index):
+                self.cached_tokens[index] = output.cached_tokens
 
     def usage(self) -> dict[str, Any]:
         """Token counts of the whole answer."""
@@ -53,9 +49,13 @@ class Generation:
         """The complete answer. Raises ApiError when the engine refuses or fails."""
         before = self.echoes or [[] for _ in self.stream.requests[:: self.n]]
         choices = [list(before[index // self.n]) for index in range(len(self.stream.requests))]
-        async for batch in self.batches():
-            for index, output in batch:
-                choices[index].append(output)
+        try:
+            async for batch in self.stream:
+                self.count(batch)
+                for index, output in batch:
+                    choices[index].append(output)
+        finally:
+            self.stream.close()
         return self.head(self.shape.object_name) | {
             "choices": [self.shape.choice(i, outputs) for i, outputs in enumerate(choices)],
             "usage": self.usage(),
@@ -65,28 +65,24 @@ class Generation:
         """The answer as server-sent events, one for each token. Raises ApiError only before the first one."""
         head = self.head(self.shape.chunk_name)
         offsets: dict[int, int] = {}
-        started = False
-        batches = self.batches()
         try:
-            async for batch in batches:
-                counted = self.completion_tokens - len(batch)
-                chunks = []
-                for index, output in batch:
-                    counted += 1
+            async for batch in self.stream:
+                counted, chunks = self.completion_tokens, []
+                self.count(batch)
+                for counted, (index, output) in enumerate(batch, counted + 1):
                     offset = offsets.get(index)
                     choice = self.shape.chunk(index, output, offset is None, offset or 0)
                     offsets[index] = (offset or 0) + len(output.text)
                     chunks.append(event(head | {"choices": [choice]} | self.chunk_usage(options, counted)))
-                started = True
                 yield b"".join(chunks)
             if options.include_usage:
                 yield event(head | {"choices": [], "usage": self.usage()})
         except ApiError as error:
-            if not started:
+            if not offsets:
                 raise
             yield event(error.body())
         finally:
-            await batches.aclose()
+            self.stream.close()
         yield DONE
 
     def chunk_usage(self, options: StreamOptions, completion_tokens: int) -> dict[str, Any]:

@@ -54,21 +54,16 @@ class ServerMetrics:
             "fourfold_requests", "Answered requests", ["endpoint", "status"], registry=self.registry
         )
         self.prompt_tokens = Counter("fourfold_prompt_tokens", "Tokens read", registry=self.registry)
-        self.generation_tokens = Counter(
-            "fourfold_generation_tokens", "Tokens written", registry=self.registry
-        )
-        self.ttft_s = Histogram(
+        self.ttft_s = Latencies(
             "fourfold_time_to_first_token_seconds",
             "From the arrival of the request to its first token",
-            buckets=TTFT_BUCKETS_S,
-            registry=self.registry,
+            TTFT_BUCKETS_S,
         )
-        self.itl_s = Histogram(
-            "fourfold_inter_token_latency_seconds",
-            "From one token of a choice to its next",
-            buckets=ITL_BUCKETS_S,
-            registry=self.registry,
+        self.itl_s = Latencies(
+            "fourfold_inter_token_latency_seconds", "From one token of a choice to its next", ITL_BUCKETS_S
         )
+        self.registry.register(self.ttft_s)
+        self.registry.register(self.itl_s)
         self.registry.register(EngineCollector(stats))
 
     def render(self) -> bytes:
