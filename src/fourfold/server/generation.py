@@ -33,12 +33,11 @@ class Generation:
     completion_tokens: int = 0
     cached_tokens: dict[int, int] = field(default_factory=dict)
 
-    def count(self, batch: list[tuple[int, TokenOutput]]) -> None:
-        """Count and time what has arrived."""
-        self.completion_tokens += len(batch)
-        for index, output in batch:
-            if self.watch.token(index):
-                self.cached_tokens[index] = output.cached_tokens
+    def take(self, index: int, output: TokenOutput) -> None:
+        """Count and time a token that has arrived."""
+        self.completion_tokens += 1
+        if self.watch.token(index):
+            self.cached_tokens[index] = output.cached_tokens
 
     def usage(self) -> dict[str, Any]:
         """Token counts of the whole answer."""
@@ -51,8 +50,8 @@ class Generation:
         choices = [list(before[index // self.n]) for index in range(len(self.stream.requests))]
         try:
             async for batch in self.stream:
-                self.count(batch)
                 for index, output in batch:
+                    self.take(index, output)
                     choices[index].append(output)
         finally:
             self.stream.close()
@@ -67,13 +66,13 @@ class Generation:
         offsets: dict[int, int] = {}
         try:
             async for batch in self.stream:
-                counted, chunks = self.completion_tokens, []
-                self.count(batch)
-                for counted, (index, output) in enumerate(batch, counted + 1):
+                chunks = []
+                for index, output in batch:
+                    self.take(index, output)
                     offset = offsets.get(index)
                     choice = self.shape.chunk(index, output, offset is None, offset or 0)
                     offsets[index] = (offset or 0) + len(output.text)
-                    chunks.append(event(head | {"choices": [choice]} | self.chunk_usage(options, counted)))
+                    chunks.append(event(head | {"choices": [choice]} | self.chunk_usage(options)))
                 yield b"".join(chunks)
             if options.include_usage:
                 yield event(head | {"choices": [], "usage": self.usage()})
@@ -85,10 +84,10 @@ class Generation:
             self.stream.close()
         yield DONE
 
-    def chunk_usage(self, options: StreamOptions, completion_tokens: int) -> dict[str, Any]:
+    def chunk_usage(self, options: StreamOptions) -> dict[str, Any]:
         """The usage key of a token's chunk: counts, null, or no key at all."""
         if options.continuous_usage_stats:
-            return {"usage": usage(self.prompt_tokens, completion_tokens)}
+            return {"usage": usage(self.prompt_tokens, self.completion_tokens)}
         return {"usage": None} if options.include_usage else {}
 
     def head(self, name: str) -> dict[str, Any]:

@@ -49,7 +49,9 @@ class CompletionShape:
 
     def chunk(self, index: int, output: TokenOutput, first: bool, offset: int) -> Json:
         """One token of a choice."""
-        return self.choice(index, [output], offset)
+        logprobs = None if output.logprob is None else self.logprobs([output], offset)
+        reason = output.finish_reason
+        return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": reason}
 
     def logprobs(self, outputs: Sequence[TokenOutput], offset: int) -> Json | None:
         """Four parallel lists over the tokens; None when none were asked for. An echoed prompt's first token

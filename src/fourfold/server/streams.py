@@ -1,7 +1,6 @@
 """The way of tokens from the engine's thread to one HTTP request waiting in asyncio."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Self
 
@@ -23,9 +22,9 @@ class TokenStream:
         self._abort = abort
         self._index = {request.request_id: i for i, request in enumerate(requests)}
         self._unfinished = set(self._index)
-        self._arrived: deque[tuple[int, TokenOutput]] = deque()
+        self._arrived: list[tuple[int, TokenOutput]] = []
         self._error: ApiError | None = None
-        self._wake = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -36,10 +35,9 @@ class TokenStream:
                 raise self._error
             if not self._unfinished:
                 raise StopAsyncIteration
-            self._wake.clear()
-            await self._wake.wait()
-        batch = list(self._arrived)
-        self._arrived.clear()
+            self._waiting = self.event_loop.create_future()
+            await self._waiting
+        batch, self._arrived = self._arrived, []
         return batch
 
     def push(self, output: TokenOutput | ApiError) -> None:
@@ -50,7 +48,8 @@ class TokenStream:
             self._arrived.append((self._index[output.request_id], output))
             if output.finish_reason is not None:
                 self._unfinished.discard(output.request_id)
-        self._wake.set()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def close(self) -> None:
         """Abort what is unfinished; safe to call again."""
