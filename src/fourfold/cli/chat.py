@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fourfold.cli.imports import importing
 from fourfold.cli.speculation import ALONE
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def open_chat(model: str, options: dict[str, float], threads: int | None) -> "Ch
         from fourfold.server.remote import RemoteChat
 
         return RemoteChat(model, options)
-    from fourfold.engine import Engine, EngineConfig, SamplingParams
-    from fourfold.server.local import LocalChat
+    with importing():
+        from fourfold.engine import Engine, EngineConfig, SamplingParams
+        from fourfold.server.local import LocalChat
 
     return LocalChat(
         Engine.load(model, EngineConfig(threads=threads, max_batch_size=1, speculative_tokens=ALONE)),

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.arithmetic import ArithmeticOption
+from fourfold.cli.imports import importing
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 from fourfold.cli.speculation import ALONE, SpeculativeTokensOption
 
@@ -30,9 +31,10 @@ def generate(
 
     Example: `fourfold generate ./SmolLM2-mxfp4 --prompt "The capital of France is" --max-tokens 32`
     """
-    from fourfold.cli.output import check_json_path, write_json
-    from fourfold.engine import Engine, EngineConfig, SamplingParams
-    from fourfold.server.local import timed_generation
+    with importing():
+        from fourfold.cli.output import check_json_path, write_json
+        from fourfold.engine import Engine, EngineConfig, SamplingParams
+        from fourfold.server.local import timed_generation
 
     check_json_path(json_file)
     config = EngineConfig(

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.arithmetic import ArithmeticOption
+from fourfold.cli.imports import importing
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 from fourfold.cli.speculation import SpeculativeTokensOption
 
@@ -24,11 +25,12 @@ def serve(
 
     Example: `fourfold serve ./SmolLM2-mxfp4 --port 8000`
     """
-    from pydantic import ValidationError
+    with importing():
+        from pydantic import ValidationError
 
-    from fourfold.core.errors import UsageError
-    from fourfold.engine import EngineConfig
-    from fourfold.server.launch import serve as run
+        from fourfold.core.errors import UsageError
+        from fourfold.engine import EngineConfig
+        from fourfold.server.launch import serve as run
 
     options = {"threads": threads, "max_batch_size": max_batch_size, "kv_cache_tokens": kv_cache_tokens}
     options |= {"kv_cache": check_kv_cache(kv_cache), "arithmetic": arithmetic}
