@@ -24,7 +24,7 @@ from fourfold.bench.prompts import (
 )
 from fourfold.bench.record import make_record, run_notes
 from fourfold.bench.target import is_url, public_target, serving
-from fourfold.bench.transport import ToldTransport
+from fourfold.bench.transport import ToldTransport, new_event_loop
 from fourfold.bench.workload import Workload
 from fourfold.core.durable import write_file, writing
 from fourfold.core.errors import UsageError
@@ -58,9 +58,9 @@ def run(
             refuse_foreign_record(record_path(out, settings), endpoint)
         session = Session(endpoint, token_range(target, plan, endpoint), plan.timeout_s, headers)
         for settings in runs:
-            record = asyncio.run(
-                session.measure(settings, public_target(target), partial(on_request, settings))
-            )
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                progress = partial(on_request, settings)
+                record = runner.run(session.measure(settings, public_target(target), progress))
             write_record(record_path(out, settings), record)
             yield record_path(out, settings), record
 

@@ -1,9 +1,9 @@
 """HTTP/1.1 under httpx that tells what arrives, and when, from the event of the socket itself.
 
 Client and server often share a machine, where what the client takes is missing in the result. httpx's own
-transport wakes a task for every piece of an answer and hands it up through many frames: 75 to 100 us a token;
-a parser in C and a function called with each piece take 20. Requests, authentication and the kinds of errors
-stay httpx's.
+transport wakes a task for every piece of an answer and hands it up through many frames: 75 to 100 us a token
+among many users; a parser in C and a function called with each piece take 20. Requests, authentication and
+the kinds of errors stay httpx's.
 """
 
 import asyncio
@@ -15,6 +15,13 @@ from typing import cast
 
 import httptools
 import httpx
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # there is none for Windows
+    from asyncio import new_event_loop
+
+__all__ = ["OnData", "ToldTransport", "new_event_loop"]
 
 OnData = Callable[[bytes, float], None]
 """Takes a piece of a body, and when it came in seconds of ``time.perf_counter``."""

@@ -6,6 +6,7 @@ loading; it begins to listen when the model is ready, so that a client that can 
 
 import asyncio
 import contextlib
+import gc
 import socket
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def serve(
         # the main thread would make every step of the engine's thread a third slower, so loading has its own
         with ThreadPoolExecutor(1, "fourfold-load") as loader:
             engine = loader.submit(Engine.load, source, config or EngineConfig()).result()
+        gc.freeze()  # what is loaded stays: looking through all of it again would hold up every answer
         run(engine, listener, host)
 
 
