@@ -43,6 +43,10 @@ async def outcomes(answers_per_connection: int, requests: int) -> tuple[list[str
     return [record.error for record in records], connections
 
 
+def test_a_connection_is_kept():
+    assert asyncio.run(outcomes(answers_per_connection=3, requests=3)) == ([None] * 3, 1)
+
+
 def test_a_kept_connection_that_is_closed_unanswered_is_tried_once_more():
     assert asyncio.run(outcomes(answers_per_connection=1, requests=3)) == ([None] * 3, 3)
 

@@ -67,7 +67,7 @@ class ToldTransport(httpx.AsyncBaseTransport):
         except BaseException:
             connection.transport.abort()
             raise
-        if connection.parser.should_keep_alive():
+        if connection.stays:
             idle.append(connection)
         else:
             connection.transport.close()
@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
     answer: asyncio.Future[httpx.Response] | None = None
+    stays = False  # open after the last answer
 
     async def ask(self, request: httpx.Request) -> httpx.Response:
         """Send, and wait as long as pieces come in time. Raises ReadTimeout, RemoteProtocolError."""
@@ -147,6 +148,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """The end."""
         if self.answer is not None and not self.answer.done():
+            self.stays = self.parser.should_keep_alive()  # the parser knows it now and not later
             status, body = self.parser.get_status_code(), b"".join(self.body)
             self.answer.set_result(httpx.Response(status, headers=self.headers, content=body))
 
