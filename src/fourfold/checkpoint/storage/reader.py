@@ -1,6 +1,5 @@
 """One tensor's bytes from a file into torch: read into memory of its own, or mapped where they lie."""
 
-import mmap
 import os
 from pathlib import Path
 
@@ -27,17 +26,12 @@ def map_tensor(stored: StoredTensor) -> torch.Tensor:
     """
     if stored.nbytes < LEAST_MAPPED_BYTES or stored.begin % stored.dtype.itemsize:
         return read_tensor(stored)
-    into_page = stored.begin % mmap.ALLOCATIONGRANULARITY
-    size, offset = into_page + stored.nbytes, stored.begin - into_page
-    try:
-        with stored.path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, offset=offset)
-    except ValueError:
-        raise broken(stored.path, f"it ends inside the tensor '{short(stored.name)}'") from None
-    except OSError as error:
-        raise unreadable(stored.path, stored.name, error) from error
-    raw = torch.frombuffer(pages, dtype=torch.uint8, count=stored.nbytes, offset=into_page)
-    return raw.view(stored.dtype).reshape(stored.shape)
+    end = stored.begin + stored.nbytes
+    try:  # Python's own mmap would keep a file open for each tensor
+        file = torch.from_file(str(stored.path), shared=False, size=end, dtype=torch.uint8)
+    except RuntimeError:  # a file that cannot be mapped, or is too short: reading it says which
+        return read_tensor(stored)
+    return file[stored.begin :].view(stored.dtype).reshape(stored.shape)
 
 
 def read_into(path: Path, begin: int, target: memoryview, name: str) -> None:
@@ -54,9 +48,4 @@ def read_into(path: Path, begin: int, target: memoryview, name: str) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        raise unreadable(path, name, error) from error
-
-
-def unreadable(path: Path, name: str, error: OSError) -> FourfoldError:
-    """The error for a file that the system does not let us read."""
-    return FourfoldError(f"Cannot read '{short(name)}' from {path}: {error.strerror}.")
+        raise FourfoldError(f"Cannot read '{short(name)}' from {path}: {error.strerror}.") from error
