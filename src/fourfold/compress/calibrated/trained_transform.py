@@ -100,7 +100,7 @@ class TrainedTransform:
         """The matrices by ``<module>.input_rotation``, the scales by ``<layer>:<source>.smoothing``."""
         rotations = self._rotations(torch.float64)
         found = {
-            name + INPUT_ROTATION: storable(rotation.float())
+            name + INPUT_ROTATION: storable(rotation.float().cpu())
             for names, rotation in zip(self._inputs, rotations, strict=True)
             for name in names
         }
@@ -224,7 +224,10 @@ def _holds(work: LayerWork, trace: Trace, group: Group) -> bool:
 
 
 def storable(rotation: torch.Tensor) -> torch.Tensor:
-    """``rotation`` in values that a dialect which stores it times sqrt(32) gives back unchanged."""
+    """``rotation`` in values that a dialect which stores it times sqrt(32) gives back unchanged.
+
+    On the CPU, as the dialect computes: a GPU divides by multiplying with the inverse.
+    """
     times = ROTATION_SIZE**0.5
     return (rotation * times) / times
 
