@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint
-from fourfold.core.durable import sync_folder
 from fourfold.kernels import native_available, threads
 from fourfold.kernels.cpu.memory import large_pages
 from fourfold.kernels.cpu.packed import PackedWeight, checksum, layout_version, packed_shape
@@ -120,10 +119,7 @@ def write(place: Path, state: dict[str, Any], weights: dict[str, PackedWeight]) 
                 file.seek(start + entries[name][3])
                 file.write(weight.data.numpy().data)
             file.truncate(start + end)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(place)
-        sync_folder(place.parent)
+        temporary.replace(place)  # nobody waits for the disk: what a crash cuts short is found to be damaged
     finally:
         temporary.unlink(missing_ok=True)
 
