@@ -140,6 +140,15 @@ def test_min_tokens_forbids_ends_until_then():
     assert choose(wants_end[None], [early])[0].token_id in (0, 7)
 
 
+@pytest.mark.parametrize("edits", [{"min_tokens": 5}, {"repetition_penalty": 3.0}, {}])
+def test_the_largest_logit_known_beforehand_changes_nothing(edits):
+    logits = torch.eye(VOCABULARY) * 2 + LOGITS.abs() / 9  # each token is the likeliest of one row
+    once, again = ([state((3, 4), temperature=0, **edits) for _ in logits] for _ in range(2))
+    known = [run[0] for run in choose_runs(logits, once, likeliest=logits.argmax(-1))]
+    assert known == choose(logits, again)
+    assert (known[0].token_id in EOS) == ("min_tokens" not in edits)
+
+
 def test_logprobs_are_of_the_raw_distribution():
     logits = LOGITS[None]
     params = {"logprobs": 3, "temperature": 0.3, "presence_penalty": 2.0, "top_k": 2, "seed": 0}

@@ -56,6 +56,10 @@ class SamplingState:
         """Whether ``edit`` would change anything now."""
         return self.penalised or self.generated < self.params.min_tokens
 
+    def lets(self, likeliest: int) -> bool:
+        """Whether ``edit`` would leave this, the largest logit, the largest."""
+        return not self.penalised and likeliest not in self.banned_early
+
     def edit(self, row: np.ndarray, ahead: Sequence[int] = ()) -> None:
         """Penalties (of output; repetition: prompt too) and the ban on early ends, in place on row [V].
 
@@ -132,7 +136,8 @@ def _run(
 
 def _choice(row: np.ndarray, likeliest: int | None, state: SamplingState, ahead: list[int]) -> Choice:
     params, edited = state.params, row
-    if state.edits_logits:
+    settled = state.generator is None and likeliest is not None and state.lets(likeliest)
+    if state.edits_logits and not settled:
         edited, likeliest = row.copy(), None
         state.edit(edited, ahead)
     if state.generator is not None:
