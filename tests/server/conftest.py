@@ -1,6 +1,5 @@
 """A real engine behind a real uvicorn on a loopback port, in a thread of the test process."""
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator
 
@@ -25,7 +24,7 @@ def start_server(tiny_llama) -> Iterator[Callable[..., LiveServer]]:
         listener = take_port("127.0.0.1", 0)
         settings = uvicorn.Config(create_app(engine, loop), log_level="critical", timeout_graceful_shutdown=2)
         server = Server(settings, loop, "ready")
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         running.append((server, thread))
         assert eventually(lambda: server.started)

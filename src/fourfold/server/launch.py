@@ -4,7 +4,6 @@ The port is taken before the model is loaded, so that a port in use is told at o
 loading; it begins to listen when the model is ready, so that a client that can connect is served.
 """
 
-import asyncio
 import contextlib
 import gc
 import socket
@@ -85,8 +84,7 @@ def run(engine: Engine, listener: socket.socket, host: str) -> None:
     )
     server = Server(settings, loop, announcement)
     try:
-        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
-            runner.run(server.serve(sockets=[listener]))
+        server.run(sockets=[listener])
     except OSError as error:
         if server.started:
             raise
