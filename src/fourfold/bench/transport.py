@@ -7,6 +7,7 @@ the kinds of errors stay httpx's.
 """
 
 import asyncio
+import ssl
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -169,7 +170,10 @@ async def connect(request: httpx.Request) -> Connection:
         raise httpx.ConnectError(str(error), request=request) from error
 
 
-ssl_context = cache(httpx.create_ssl_context)
+@cache
+def ssl_context() -> ssl.SSLContext:
+    """httpx's; making one takes long."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 def wire_format(request: httpx.Request) -> bytes:
