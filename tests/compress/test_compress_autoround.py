@@ -59,7 +59,7 @@ def test_it_learns_on_from_gptq(model, tmp_path):
     for name, blocks in gptq.items():
         same = blocks.dequantize() == started[name].dequantize()
         assert same.float().mean() > 0.98, name
-    further = {"autoround": {"start": "gptq", "steps": 50, "loss": "plain"}}
+    further = {"autoround": {"start": "gptq", "steps": 100, "loss": "plain"}}
     assert error_of(model, tmp_path / "c", further) < 0.9 * error_of(model, tmp_path / "d", "gptq")
 
 

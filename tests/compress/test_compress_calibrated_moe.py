@@ -120,7 +120,7 @@ def test_matrices_of_many_experts_are_held_in_portions(models, tmp_path, monkeyp
     options = gptq.Options()
     parts = gptq.portions(work, list(work.schemes), options)
     assert len(parts) > 2
-    assert [name for part in parts for name in part] == list(work.schemes)
+    assert sorted(name for part in parts for name in part) == sorted(work.schemes)
     assert all(sum(4 * work.linears[n].in_features ** 2 for n in part) <= 64 * 1024 for part in parts)
     gptq.round_layer(work, options)
     assert work.blocks.keys() == work.schemes.keys()
@@ -211,7 +211,7 @@ def test_experts_run_for_an_observation_only_when_they_must(models, tmp_path, mo
     work.survey_experts()
     ran = set()
     for index, expert in enumerate(work.module.mlp.experts):
-        expert.down_proj.register_forward_hook(lambda m, args, out, index=index: ran.add(index))
+        expert.up_proj.register_forward_pre_hook(lambda m, args, index=index: ran.add(index))
     seen = []
     work.observe([f"model.layers.1.{watched}"], lambda name, x: seen.append(len(x)))
     assert seen

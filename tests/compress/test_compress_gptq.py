@@ -301,3 +301,33 @@ def test_the_original_layer_runs_once_and_bytes_stay(tmp_path, monkeypatch, pass
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]
     assert counts[1] - counts[0] == (2 * 2 if passes == ("gptq",) else 0)
+
+
+def test_what_runs_later_sees_what_was_rounded_before(tmp_path, monkeypatch):
+    """The output projection's inputs come from rounded queries, keys and values, shifts from the original."""
+    work = at_work(build_model(tmp_path / "model"), tmp_path / "store", recipe_of("gptq"))
+    name = "model.layers.0.self_attn.o_proj"
+    originally = observed(work, name)
+    found = {}
+    collect = gptq.collect
+
+    def spy(*args):
+        statistics = collect(*args)
+        if name in statistics:
+            x, shifts = torch.cat(statistics[name].x), torch.cat(statistics[name].shifts)
+            found.update(x=x, original=x + shifts)
+        return statistics
+
+    monkeypatch.setattr(gptq, "collect", spy)
+    monkeypatch.setattr(gptq, "INPUTS_PER_TOKEN", 0.01)  # the inputs themselves are kept
+    gptq.round_layer(work, gptq.Options())
+    assert set(work.blocks) == set(work.schemes)
+    torch.testing.assert_close(found["x"], observed(work, name))
+    torch.testing.assert_close(found["original"], originally)
+    assert not torch.allclose(found["x"], originally, rtol=1e-2)
+
+
+def observed(work, name: str) -> torch.Tensor:
+    seen = []
+    work.observe([name], lambda _, x: seen.append(x))
+    return torch.cat(seen)

@@ -1,7 +1,9 @@
 """LayerWork: one decoder layer as passes see it, with what reaches it on the calibration set."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
 
 HIDDEN_DTYPE = torch.bfloat16  # of the states kept between layers: what the served model passes on
+
+
+class AllSeenError(Exception):
+    """Ends a run of a layer of which no more is to be seen."""
 
 
 @dataclass
@@ -87,18 +93,29 @@ class LayerWork:
     ) -> None:
         """Run the layer over ``inputs`` (its own by default); ``see(name, x)`` gets the turned input [n, in]
         of each linear layer of ``names``, before rounding. Experts see the tokens of the survey, and starved
-        ones more of them.
+        ones more of them. Unless its output is kept, the layer runs no further than the last of ``names``.
         """
         watched = [(name, self.linears[name]) for name in names]
+        keeps = self.kept is not None and not self.blocks
+        left: set[str] = set()
+
+        def seen(name: str, x: torch.Tensor) -> None:
+            see(name, x)
+            left.discard(name)
+            if not left and not keeps:
+                raise AllSeenError
+
         for name, linear in watched:
-            linear.observer = lambda x, name=name: see(name, x)
+            linear.observer = partial(seen, name)
         try:
             with self.routing.observing(linear for _, linear in watched):
                 for hidden in self.inputs if inputs is None else inputs:
                     self.routing.lay_down(hidden)
-                    output = self.forward(hidden)
-                    if self.kept is not None and not self.blocks:
-                        self.kept[id(hidden)] = self._as_kept(hidden, output)
+                    left.update(name for name, _ in watched)
+                    with suppress(AllSeenError):
+                        output = self.forward(hidden)
+                        if keeps and self.kept is not None:
+                            self.kept[id(hidden)] = self._as_kept(hidden, output)
         finally:
             for _, linear in watched:
                 linear.observer = None

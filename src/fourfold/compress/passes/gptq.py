@@ -12,12 +12,16 @@ Block formats share a scale among neighbouring columns. A block's scale is taken
 reached, from the weights as they then are. ``order: activation`` works through whole blocks, those with the
 largest inputs first, so that blocks stay as they are stored and no reader needs to know of the order.
 
-Price: one more run of the layer (two with ``asymmetry``), and per distinct input one or two [in, in] matrices
-and a Cholesky factor, or as long as there are few tokens the inputs themselves; linear layers that share an
-input share them.
+Linear layers are rounded in the order in which they run, all of one kind together, and each kind's inputs
+come from the kinds before it as they were rounded: the output projection sees what the rounded values make.
+
+Price: for each kind the layer is run up to there (twice with ``asymmetry``, which also holds the layer's
+original weights), and per distinct input there are one or two [in, in] matrices and a Cholesky factor, or as
+long as there are few tokens the inputs themselves; linear layers that share an input share them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -36,6 +40,7 @@ from fourfold.core.records import Record
 from fourfold.formats import BlockTensor, get_format
 
 STATISTICS_BYTES = 8 * 2**30
+EXPERTS = ".experts."
 INPUTS_PER_TOKEN = 4  # matrices [in, in] take over once there are more tokens than a share of the inputs
 
 
@@ -86,18 +91,28 @@ def round_layer(work: LayerWork, options: Options) -> None:
     finite, or whose H stays without a Cholesky factor.
     """
     shared, seen = shared_inputs(work, list(work.schemes))
+    originals: dict[str, torch.Tensor] = {}
     for names in portions(work, list(shared), options):
-        statistics = collect(work, names, options, seen)
+        statistics = collect(work, names, options, seen, originals)
         seen = {}  # from here on the layer is another
         for first in names:
             if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
+                if options.asymmetry and EXPERTS not in first:
+                    originals |= {name: work.linears[name].weight.data.clone() for name in shared[first]}
                 round_together(work, shared[first], statistics.pop(first), options)
 
 
 def portions(work: LayerWork, names: list[str], options: Options) -> list[list[str]]:
-    """``names`` in order, cut where their statistics would pass ``STATISTICS_BYTES`` together: the matrices
-    of 256 experts are larger than the experts.
+    """``names`` by kind (``q_proj``, ``o_proj``, ...) as the kinds come, cut where their statistics would
+    pass ``STATISTICS_BYTES`` together: the matrices of 256 experts are larger than the experts.
     """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    return [portion for alike in kinds.values() for portion in _cut(work, alike, options)]
+
+
+def _cut(work: LayerWork, names: list[str], options: Options) -> list[list[str]]:
     found: list[list[str]] = [[]]
     held = 0
     for name in names:
@@ -142,14 +157,18 @@ def _beside(first: str, second: str) -> bool:
 
 
 def collect(
-    work: LayerWork, names: list[str], options: Options, seen: dict[str, torch.Tensor]
+    work: LayerWork,
+    names: list[str],
+    options: Options,
+    seen: dict[str, torch.Tensor],
+    originals: dict[str, torch.Tensor],
 ) -> dict[str, Statistics]:
     """What is needed of each of ``names`` over the calibration set. ``seen`` are inputs of the first batch,
-    where they are at hand.
+    where they are at hand; ``originals`` the weights that have been rounded since.
     """
     found: dict[str, Statistics] = {}
     for batch, hidden in enumerate(work.inputs):
-        base = _base_inputs(work, names, batch) if options.asymmetry else {}
+        base = _base_inputs(work, names, batch, originals) if options.asymmetry else {}
         same = bool(options.asymmetry) and base is None
 
         def see(
@@ -157,7 +176,7 @@ def collect(
         ) -> None:
             served = work.linears[name].as_served(x).float()
             original = x if same and served is not x else (base or {}).pop(name, None)
-            paired = original is not None and original.shape == served.shape and ".experts." not in name
+            paired = original is not None and original.shape == served.shape and EXPERTS not in name
             shift = original.float() - served if paired and original is not None else None
             found.setdefault(name, Statistics()).add(served, shift)
 
@@ -170,16 +189,33 @@ def collect(
     return found
 
 
-def _base_inputs(work: LayerWork, names: list[str], batch: int) -> dict[str, torch.Tensor] | None:
-    """The same tokens' inputs in the original model, None when nothing before this layer was rounded."""
+def _base_inputs(
+    work: LayerWork, names: list[str], batch: int, originals: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The same tokens' inputs in the original model, None when nothing before was rounded."""
     assert work.base_inputs is not None
-    if work.base_inputs[batch] is work.inputs[batch]:
+    if work.base_inputs[batch] is work.inputs[batch] and not work.blocks:
         return None
     base: dict[str, torch.Tensor] = {}
     # the two models send a token to different experts, so that their inputs cannot be paired
-    paired = [name for name in names if ".experts." not in name]
-    work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
+    paired = [name for name in names if EXPERTS not in name]
+    if paired or not work.blocks:
+        with _weights(work, originals):
+            work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
     return base
+
+
+@contextmanager
+def _weights(work: LayerWork, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The layer with other ``weights``, for a while."""
+    held = {name: work.linears[name].weight.data for name in weights}
+    try:
+        for name, weight in weights.items():
+            work.linears[name].weight.data = weight
+        yield
+    finally:
+        for name, weight in held.items():
+            work.linears[name].weight.data = weight
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
