@@ -17,6 +17,8 @@ def test_counts_are_exact(start_server):
     assert server.metric("fourfold_generation_tokens_total") == 15
     assert server.metric("fourfold_time_to_first_token_seconds_count") == 3
     assert server.metric("fourfold_inter_token_latency_seconds_count") == 12
+    itl_s = [s.value for s in families["fourfold_inter_token_latency_seconds"].samples if "le" in s.labels]
+    assert itl_s == sorted(itl_s) and itl_s[-1] == 12, "each bucket holds what the smaller ones hold"
     assert families["fourfold_requests_running"].samples[0].value == 0
     assert families["fourfold_requests_waiting"].samples[0].value == 0
     assert families["fourfold_kv_cache_usage_ratio"].type == "gauge"
