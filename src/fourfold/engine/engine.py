@@ -75,6 +75,9 @@ class Engine:
     def load(cls, source: str | Path, config: EngineConfig | None = None) -> "Engine":
         """Open ``source`` (folder, GGUF file or hub name) and hold it in memory, quantized weights packed.
 
+        What is not packed (an untied embedding) stays mapped: the files may be replaced while the engine
+        runs, but not overwritten in place.
+
         Raises UsageError for an unknown architecture, FourfoldError for a checkpoint that does not hold
         together or has no tokenizer.
         """
