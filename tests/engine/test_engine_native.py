@@ -87,7 +87,7 @@ def served_logits(engine, prompts: list[list[int]]) -> list[np.ndarray]:
         logits, likeliest = step(cache, chunks, chosen)
         ends = [chunk.sequence.request.request_id for chunk in chunks if chunk.yields_token]
         for key, row in zip(ends, logits, strict=True):
-            seen.setdefault(key, row.numpy().copy())
+            seen.setdefault(key, row.copy())
         return logits, likeliest
 
     engine._native.step = watched

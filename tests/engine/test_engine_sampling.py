@@ -144,7 +144,7 @@ def test_min_tokens_forbids_ends_until_then():
 def test_the_largest_logit_known_beforehand_changes_nothing(edits):
     logits = torch.eye(VOCABULARY) * 2 + LOGITS.abs() / 9  # each token is the likeliest of one row
     once, again = ([state((3, 4), temperature=0, **edits) for _ in logits] for _ in range(2))
-    known = [run[0] for run in choose_runs(logits, once, likeliest=logits.argmax(-1))]
+    known = [run[0] for run in choose_runs(logits, once, likeliest=logits.argmax(-1).tolist())]
     assert known == choose(logits, again)
     assert (known[0].token_id in EOS) == ("min_tokens" not in edits)
 

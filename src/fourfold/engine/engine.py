@@ -137,7 +137,6 @@ class Engine:
         self._counters.aborted += 1
         return True
 
-    @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
         """One forward pass over the next batch. Returns its new tokens, a sequence's own ones in order."""
         chunks = self.scheduler.schedule()
@@ -166,11 +165,17 @@ class Engine:
         if self._native is not None:
             logits, likeliest = self._native.step(self.cache, chunks, rows)
             return choose(logits, states, drafts, likeliest) if rows else []
+        logits = self._torch_step(chunks, rows)
+        return choose(logits, states, drafts) if rows else []
+
+    @torch.inference_mode()
+    def _torch_step(self, chunks: list[Chunk], rows: list[int]) -> torch.Tensor:
+        """Logits [n, V] of the ``rows`` of a step that torch computes."""
         token_ids = [t for c in chunks for t in c.token_ids]
         hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
         if not rows:
-            return []
-        return choose(self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows]), states, drafts)
+            return hidden[:0]
+        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling: SamplingParams | Seq[SamplingParams] | None = None

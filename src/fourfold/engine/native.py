@@ -52,6 +52,9 @@ class NativeDecoder:
         self.marks: list[int] = []  # where each layer begins, and the head
         self.packed_bytes = 0
         _Recording(self, model, cache).record()
+        # numpy's views: torch takes as long for slices as a small model for half a layer
+        self._logits = self.program.logits.data.numpy()[:, : shape.vocabulary]
+        self._largest = self.program.tokens.numpy()[0]
 
     def use(self, cache: KVCache) -> None:
         """Keys and values go to ``cache`` and come from there from now on."""
@@ -60,9 +63,10 @@ class NativeDecoder:
         self._cache, data = cache, cache.data
         self.program.native.use_cache(data.flatten(1), data.shape[1], data.shape[2])
 
-    def step(self, cache: KVCache, chunks: list[Chunk], chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Run a step over ``cache``: logits [n, V] of the ``chosen`` rows and their largest [n], until the
-        next step.
+    def step(self, cache: KVCache, chunks: list[Chunk], chosen: list[int]) -> tuple[np.ndarray, list[int]]:
+        """Run a step over ``cache``: logits [n, V] of the ``chosen`` rows and the places of their largest.
+
+        The logits are there until the next step.
         """
         self.use(cache)
         tokens, spans = array("i"), array("i")
@@ -71,7 +75,7 @@ class NativeDecoder:
             spans.extend((chunk.count, chunk.start, len(chunk.sequence.table.blocks)))
         tables = b"".join([chunk.sequence.table.blocks for chunk in chunks])
         self.program.run(tokens, spans, tables, array("i", chosen))
-        return self.program.logits.first(len(chosen)), self.program.tokens[0, : len(chosen)]
+        return self._logits[: len(chosen)], self._largest[: len(chosen)].tolist()
 
     def embedded(self, token_ids: list[int]) -> np.ndarray:
         """States [T, H] before the first layer."""

@@ -101,18 +101,20 @@ def _counted(counts: dict[int, int], tokens: Sequence[int]) -> dict[int, int]:
 
 
 def choose(
-    logits: torch.Tensor,
+    logits: torch.Tensor | np.ndarray,
     states: list[SamplingState],
     drafts: list[list[int]] | None = None,
-    likeliest: torch.Tensor | None = None,
+    likeliest: Sequence[int] | None = None,
 ) -> list[list[Choice]]:
-    """The next tokens of each request, from 1 + len(draft) rows of ``logits`` [.., V] (any float dtype) each.
+    """The next tokens of each request, from 1 + len(draft) rows of ``logits`` [.., V] each.
 
-    They are the part of the draft that would have been chosen anyway, and one more. ``likeliest`` [..] are
-    the rows' first largest, where known already. States advance at the end, so none when anything raises.
+    They are the part of the draft that would have been chosen anyway, and one more. Logits are floats of any
+    size, of numpy in float32. ``likeliest`` [..] are the rows' first largest, where known already. States
+    advance at the end, so none when anything raises.
     """
-    rows, at, runs = logits.float().numpy(), 0, []
-    largest = [None] * len(rows) if likeliest is None else likeliest.tolist()
+    rows = logits.float().numpy() if isinstance(logits, torch.Tensor) else logits
+    largest = [None] * len(rows) if likeliest is None else likeliest
+    at, runs = 0, []
     for state, draft in zip(states, drafts or [[]] * len(states), strict=True):
         end = at + len(draft) + 1
         runs.append(_run(rows[at:end], largest[at:end], state, draft))
