@@ -2,9 +2,11 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,16 +23,19 @@ pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not
 def same_threads_afterwards():
     before = threads()
     yield
+    native.expect_contention(False)
     set_threads(before)
 
 
+@pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
 @pytest.mark.parametrize("m", [1, 5])
-def test_any_number_of_threads_gives_the_same_bits(m):
+def test_any_number_of_threads_gives_the_same_bits(m, contended):
     w, x = random_weight(1501, 576), random_x(m, 576, torch.bfloat16)
     results = []
     for count in (1, 2, 3, 5):
         set_threads(count)
         assert threads() == count
+        native.expect_contention(contended and count > 1)
         results += [mxfp4_linear.multiply(x, w) for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -86,6 +91,48 @@ def python_ran_during(w: BlockTensor, x: torch.Tensor, out: torch.Tensor) -> boo
         ticks.append(time.perf_counter())
         time.sleep(0.0005)
     return any(span[0] < tick < span[1] for tick in ticks)
+
+
+@pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
+def test_idle_threads_leave_the_cores_alone(contended):
+    set_threads(2)
+    native.expect_contention(contended)
+    mxfp4_linear.multiply(random_x(1, 576, torch.bfloat16), random_weight(1501, 576))
+    time.sleep(0.02)
+    before = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - before < 0.02
+
+
+TASKS = Path("/proc/self/task")
+
+
+def run_time(task: Path) -> float:
+    """Seconds that a thread of this process has run, by the kernel's account."""
+    return int((task / "schedstat").read_text().split()[0]) / 1e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's account of threads")
+def test_helpers_work_beside_a_busy_process_on_every_core():
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        pytest.skip("two threads on one core disturb each other, and have no helpers")
+    w, x = random_weight(4096, 2048), random_x(4, 2048, torch.bfloat16)
+    set_threads(1)
+    before = set(TASKS.iterdir())
+    set_threads(2)
+    helpers = sorted(set(TASKS.iterdir()) - before, key=lambda task: int(task.name))[1:]
+    assert len(helpers) == 2
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in cores]
+    try:
+        end = time.monotonic() + 15
+        while min(map(run_time, helpers)) < 0.05 and time.monotonic() < end:
+            mxfp4_linear.multiply(x, w)
+        assert min(map(run_time, helpers)) >= 0.05
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

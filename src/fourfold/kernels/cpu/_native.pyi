@@ -61,6 +61,9 @@ def round_columns(
 def cpu_features() -> dict[str, bool]: ...
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
+def expect_contention(expected: bool) -> None:
+    """For tests: as if other work were always seen on the cores, so that helpers take part in every walk."""
+
 
 PACKED_LAYOUT: int
 

@@ -96,6 +96,7 @@ NB_MODULE(_native, module) {
     module.def("cpu_features", &fourfold::cpu_features);
     module.def("threads", &fourfold::threads);
     module.def("set_threads", &fourfold::set_thread_count, "count"_a);
+    module.def("expect_contention", &fourfold::expect_contention, "expected"_a);
     fourfold::bind_packed(module);
     fourfold::bind_column_rounding(module);
     fourfold::bind_program(module);

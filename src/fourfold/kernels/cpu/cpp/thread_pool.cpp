@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "contention.h"
+
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -81,17 +83,28 @@ public:
         if (!walking.owns_lock() || workers_.empty()) return walk_alone(walk, begin, end);
         walk_ = &walk;
         end_ = end;
+        contention_.start();
         open_next(begin, 0);
         for (Ticket seen = look(); seen.chunks() != 0; seen = look()) {
-            if (seen.valid()) take(0);
-            else wait(seen);
+            if (seen.valid()) {
+                take(0);
+            } else {
+                wait(seen);
+                contention_.look();
+                call_helpers();
+            }
         }
+        contention_.stop();
+        call_helpers();
     }
 
 private:
     void start(int count) {
         stopping_ = false;
-        for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
+        first_helper_ = count;
+        const bool alone = count == 1 || count > available_cores();  // the latter disturb each other
+        const int helpers = alone ? 0 : std::min(count, kMostThreads - count);
+        for (int i = 1; i < count + helpers; ++i) workers_.emplace_back([this, i] { work(i); });
     }
 
     void stop() {
@@ -100,8 +113,24 @@ private:
             stopping_ = true;
         }
         wake_.notify_all();
+        rested_.notify_all();
         for (auto& worker : workers_) worker.join();
         workers_.clear();
+    }
+
+    // Helpers work while there is contention, or rest.
+    void call_helpers() {
+        if (contention_.seen() == helping_.load()) return;
+        {
+            std::lock_guard<std::mutex> guard(sleep_);
+            helping_.store(contention_.seen());
+        }
+        rested_.notify_all();
+    }
+
+    void rest() {
+        std::unique_lock<std::mutex> guard(sleep_);
+        rested_.wait(guard, [&] { return helping_.load() || stopping_.load(); });
     }
 
     // Opens the first operation from `op` on that has chunks to share; 0 chunks in the cursor: the walk is over.
@@ -141,11 +170,13 @@ private:
         return now.valid() || now.word >> Ticket::kBits != seen.word >> Ticket::kBits || stopping_.load();
     }
 
-    // Spins, between walks also yields, then sleeps until there are news.
+    // Spins, between walks also yields, then sleeps until there are news. Where cores are contended for, who
+    // is not needed for a walk leaves them to the caller.
     void wait(Ticket seen) {
         const bool inside = seen.chunks() != 0;
+        const bool leave = !inside && helping_.load();
         const Clock::duration spin = inside ? kSpinInside : kSpinBetween;
-        const Clock::duration patience = inside ? kSpinInside : kYieldBetween;
+        const Clock::duration patience = leave ? Clock::duration::zero() : inside ? kSpinInside : kYieldBetween;
         const auto start = Clock::now();
         for (auto waited = start - start; waited < patience; waited = Clock::now() - start) {
             if (waited > spin) std::this_thread::yield();
@@ -162,6 +193,7 @@ private:
 
     void work(int thread) {
         while (!stopping_.load()) {
+            if (thread >= first_helper_ && !helping_.load()) rest();
             Ticket seen = look();
             if (seen.valid()) take(thread);
             else wait(seen);
@@ -171,12 +203,14 @@ private:
     alignas(64) std::atomic<std::uint64_t> cursor_{0};
     alignas(64) std::atomic<std::uint64_t> done_{0};
     alignas(64) std::atomic<int> asleep_{0};
-    std::atomic<bool> stopping_{false};
+    std::atomic<bool> stopping_{false}, helping_{false};
     Walk* walk_ = nullptr;  // this and end_ are read by who holds a valid ticket
     std::int64_t end_ = 0;
-    std::mutex walking_;  // held by the caller whose walk the workers help with
+    int first_helper_ = 1;
+    Contention contention_;  // of who holds walking_
+    std::mutex walking_;     // held by the caller whose walk the workers take part in
     std::mutex sleep_;
-    std::condition_variable wake_;
+    std::condition_variable wake_, rested_;
     std::vector<std::thread> workers_;
 };
 
@@ -234,5 +268,7 @@ void set_threads(int count) {
     if (g_pool.load()) g_pool.load()->resize(count);
     g_threads.store(count);
 }
+
+void expect_contention(bool expected) { Contention::expected.store(expected); }
 
 }  // namespace fourfold

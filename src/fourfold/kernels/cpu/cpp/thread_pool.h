@@ -5,6 +5,10 @@
 // chunk it holds, or nothing when it holds none, and later goes on with whatever is open then. An operation of one
 // chunk is done by the thread that opens it, so it costs no meeting at all. The caller takes chunks too; idle
 // threads spin for a moment (the next step follows at once), offer their core, then sleep.
+//
+// The system gives every thread that wants a core the same share of it, so beside other work on the cores one
+// thread on each gets half of them. Therefore there are as many helpers again, which rest (and cost nothing) but
+// while a walk is seen to be disturbed; then, of three that want a core, two are ours.
 // One walk runs at a time; a second caller, while the first is busy, walks alone.
 #pragma once
 
@@ -17,7 +21,7 @@ public:
     virtual ~Walk() = default;
     // How many chunks operation `op` has; 0 skips it. All operations before it are complete.
     virtual std::int64_t open(std::int64_t op) = 0;
-    // Does one chunk. `thread` is 0 for the caller, 1 to threads() - 1 for the others.
+    // Does one chunk. `thread` is 0 for the caller, or below kMostThreads.
     virtual void run(std::int64_t op, std::int64_t chunk, int thread) = 0;
 };
 
@@ -32,5 +36,8 @@ void parallel_for(std::int64_t count, std::int64_t grain, Body body, const void*
 constexpr int kMostThreads = 512;
 int threads();
 void set_threads(int count);  // 1 to kMostThreads, the caller included; waits for a running walk
+
+// For tests: while this is so, helpers take part in every walk.
+void expect_contention(bool expected);
 
 }  // namespace fourfold
