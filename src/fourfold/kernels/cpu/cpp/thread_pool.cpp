@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "contention.h"
+#include "turns.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -67,6 +68,8 @@ void walk_alone(Walk& walk, std::int64_t begin, std::int64_t end) {
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) walk.run(op, chunk, 0);
     }
 }
+
+thread_local Turns t_turns;
 
 class ThreadPool {
 public:
@@ -156,6 +159,7 @@ private:
 
     // Takes a chunk of what is open, unless another was faster, and does it.
     void take(int thread) {
+        if (helping_.load(std::memory_order_relaxed)) t_turns.give_way();
         Ticket mine{cursor_.fetch_add(1, std::memory_order_acq_rel)};
         if (!mine.valid()) return;
         walk_->run(mine.op(), static_cast<std::int64_t>(mine.next()), thread);
@@ -189,6 +193,7 @@ private:
         asleep_.fetch_add(1);
         wake_.wait(guard, [&] { return news(seen); });
         asleep_.fetch_sub(1);
+        t_turns.begin();
     }
 
     void work(int thread) {

@@ -8,7 +8,8 @@
 //
 // The system gives every thread that wants a core the same share of it, so beside other work on the cores one
 // thread on each gets half of them. Therefore there are as many helpers again, which rest (and cost nothing) but
-// while a walk is seen to be disturbed; then, of three that want a core, two are ours.
+// while a walk is seen to be disturbed (contention.h); then, of three that want a core, two are ours, and they take
+// turns between chunks (turns.h).
 // One walk runs at a time; a second caller, while the first is busy, walks alone.
 #pragma once
 
