@@ -10,7 +10,10 @@ from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import Recipe, quantize
 from fourfold.engine.layers import FusedLinear, Linear
 from fourfold.formats import BlockTensor, get_format
+from fourfold.kernels import native_available
+from fourfold.kernels.cpu.packed import PackedWeight
 
+IN_BLOCKS = PackedWeight if native_available() else BlockTensor
 TOKENS = prompt(90)
 
 
@@ -51,7 +54,7 @@ def test_logits_are_those_of_the_dequantized_weights(packed):
 def test_weights_stay_packed_and_fused(packed):
     engine = load(packed[1])
     for layer in linears(engine):
-        assert isinstance(layer, Linear) and isinstance(layer.weight, BlockTensor)
+        assert isinstance(layer, Linear) and isinstance(layer.weight, IN_BLOCKS)
     qkv = engine.model.layers[0].attention.qkv
     assert isinstance(qkv, Linear) and qkv.weight.shape == (256, 64)
 
@@ -91,6 +94,6 @@ def test_parts_of_different_schemes_are_computed_side_by_side(tiny_llama, tmp_pa
 def test_a_packed_head(tiny_llama, tmp_path):
     quantize(tiny_llama, tmp_path / "out", recipe(keep_default=False))
     engine = load(tmp_path / "out")
-    assert isinstance(engine.model.head.weight, BlockTensor)
+    assert isinstance(engine.model.head.weight, IN_BLOCKS)
     expected = witness_logits(dequantized_witness(tiny_llama, tmp_path / "out"), TOKENS)
     np.testing.assert_allclose(engine.logits(TOKENS), expected, rtol=1e-4, atol=2e-5)

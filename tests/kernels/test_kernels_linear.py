@@ -11,7 +11,12 @@ from kernel_helpers import assert_product, random_weight, random_x, values_of
 
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.formats import BlockTensor, get_format
-from fourfold.kernels import expanded, linear, reference
+from fourfold.kernels import expanded, linear, pack, reference
+
+
+def packed(x, w, activation=None):
+    return linear(x, pack(w), activation)
+
 
 # mantissa bits, exponent of the smallest normal, largest value
 ELEMENTS = {
@@ -49,7 +54,7 @@ def naive_fp8_token(x: np.ndarray) -> np.ndarray:
     return codes * scales.astype(np.float64)
 
 
-@pytest.mark.parametrize("run", [linear, reference.linear], ids=["linear", "reference"])
+@pytest.mark.parametrize("run", [linear, packed, reference.linear], ids=["linear", "packed", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("activation", [*ELEMENTS, "fp8-token", None])
 def test_activation_is_emulated_exactly(run, dtype, activation):
@@ -72,6 +77,7 @@ def test_activation_is_emulated_exactly(run, dtype, activation):
 def test_few_and_many_rows_are_the_same_product(dtype, m):
     w, x = random_weight(65, 192), random_x(m, 192, dtype)
     assert_product(linear(x, w), x, values_of(w))
+    assert_product(packed(x, w), x, values_of(w))
     assert_product(reference.linear(x, w), x, values_of(w))
 
 
@@ -81,7 +87,7 @@ def test_weights_of_every_mx_format(name, dtype):
     w, x = get_format(name).quantize(random_x(40, 96, torch.float32)), random_x(6, 96, dtype)
     values = w.dequantize(torch.float64).numpy()
     assert_product(linear(x, w), x, values)
-    assert_product(expanded.linear(x, w), x, values)
+    assert_product(packed(x, w), x, values)
     assert_product(reference.linear(x, w), x, values)
 
 
@@ -98,16 +104,15 @@ def test_a_weight_larger_than_a_slice(monkeypatch):
     monkeypatch.setattr(expanded, "SLICE_VALUES", 1000)
     monkeypatch.setattr(reference, "SLICE_VALUES", 1000)
     assert_product(linear(x, w), x, values_of(w))
-    assert_product(expanded.linear(x, w), x, values_of(w))
     assert_product(reference.linear(x, w), x, values_of(w))
 
 
 @pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 3, 96), (0, 96), (2, 40, 96)])
 def test_leading_dimensions_are_kept(shape):
     w, x = random_weight(7, 96), random_x(1, math.prod(shape), torch.bfloat16).reshape(shape)
-    y = linear(x, w)
-    assert y.shape == (*shape[:-1], 7) and y.dtype == x.dtype
-    assert_product(y.reshape(-1, 7), x.reshape(-1, 96), values_of(w))
+    for y in (linear(x, w), packed(x, w)):
+        assert y.shape == (*shape[:-1], 7) and y.dtype == x.dtype
+        assert_product(y.reshape(-1, 7), x.reshape(-1, 96), values_of(w))
 
 
 @pytest.mark.parametrize("m", [3, 70])
@@ -115,6 +120,7 @@ def test_x_and_w_need_not_be_contiguous(m):
     w, x = random_weight(14, 96), random_x(96, 2 * m, torch.bfloat16).T[::2]
     every_other = BlockTensor("mxfp4", w.blocks[::2], w.scales[::2])
     assert_product(linear(x, every_other), x, values_of(w)[::2])
+    assert_product(packed(x, every_other), x, values_of(w)[::2])
 
 
 def test_a_dense_weight():
@@ -139,6 +145,8 @@ def test_a_dense_weight():
 def test_refusals_name_the_value(x, w, activation, error, words):
     with pytest.raises(error, match=words):
         linear(x, w, activation)
+    with pytest.raises(error, match=words):
+        packed(x, w, activation)
 
 
 def test_without_the_extension_everything_works_in_torch():
@@ -147,11 +155,12 @@ import sys
 sys.modules["fourfold.kernels.cpu._native"] = None
 import torch
 from fourfold.formats import get_format
-from fourfold.kernels import cpu_features, linear, native_available, native_problem
+from fourfold.kernels import cpu_features, linear, native_available, native_problem, pack
 from fourfold.kernels import reference, set_threads, threads
 assert not native_available() and native_problem() and cpu_features() == {} and threads() == 1
 set_threads(2)
 w, x = get_format("mxfp4").quantize(torch.randn(33, 96)), torch.randn(3, 96)
+assert pack(w) is w
 torch.testing.assert_close(linear(x, w), reference.linear(x, w))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

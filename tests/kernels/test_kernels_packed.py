@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from kernel_helpers import random_weight, random_x, values_of
+from kernel_helpers import assert_product, random_weight, random_x, values_of
 
 from fourfold.core.errors import FourfoldError
 from fourfold.formats import BlockTensor, get_format
@@ -194,11 +194,38 @@ def test_specials_in_x_spoil_their_row_only(isa, kind):
             assert kind == "bf16" or arithmetic == "exact" or y[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (17, 96), (33, 576)])
+def test_exactly_rounds_no_input(dtype, n, k):
+    w, values = weight_of("mxfp4", n, k)
+    for m in (1, 5, 34):
+        x = random_x(m, k, dtype, seed=m) * 10.0 ** torch.arange(-15, 15).repeat(m, 20)[:, :k].to(dtype)
+        assert_product(PackedWeight.pack(w).exactly(x), x, values)
+
+
+def test_exactly_at_the_ends_of_float32():
+    ones = BlockTensor("mxfp4", torch.full((3, 16), 0x22, dtype=torch.uint8), torch.full((3, 1), 127).byte())
+    x = torch.zeros(4, 32)
+    x[0, 3], x[1, 4], x[2, 5], x[3, 6] = torch.finfo(torch.float32).max, -torch.inf, torch.nan, 2**-100 * 1.1
+    y = PackedWeight.pack(ones).exactly(x)
+    torch.testing.assert_close(y, x.sum(-1, keepdim=True).expand(-1, 3), rtol=0, atol=0, equal_nan=True)
+
+
+def test_results_round_to_nearest_even():
+    # 1 + 2^-8 lies halfway between two bfloat16 values, and so does 1 + 3 * 2^-8
+    x = torch.zeros(2, 32, dtype=torch.bfloat16)
+    x[:, 0], x[0, 1], x[1, 1] = 1, 2**-8, 3 * 2**-8
+    w = torch.ones(1, 32)
+    assert PackedWeight.pack(w).exactly(x)[:, 0].tolist() == [1.0, 1 + 2**-6]
+
+
 @each_kind
 def test_rows_are_the_values(kind):
     w, values = weight_of(kind, 37, 96)
     indices = torch.tensor([[0, 36], [5, 16]])
-    np.testing.assert_array_equal(PackedWeight.pack(w).rows(indices).double().numpy(), values[indices])
+    packed = PackedWeight.pack(w)
+    np.testing.assert_array_equal(packed.rows(indices).double().numpy(), values[indices])
+    np.testing.assert_array_equal(packed.dequantize(torch.bfloat16).double().numpy(), values)
 
 
 def test_leading_dimensions_and_dtypes():
@@ -208,6 +235,7 @@ def test_leading_dimensions_and_dtypes():
     assert y.shape == (2, 3, 7) and y.dtype == torch.bfloat16
     assert torch.equal(y.view(6, 7), packed.linear(x.float()).bfloat16())
     assert packed.linear(x[:0]).shape == (0, 7)
+    assert PackedWeight.pack(random_weight(0, 96)).linear(x).shape == (6, 0)
 
 
 def test_refusals_name_the_value():
@@ -229,3 +257,41 @@ def test_refusals_name_the_value():
         PackedWeight("mxfp4", 7, 96, moved).linear(torch.ones(1, 96))
     with pytest.raises(ValueError, match="bytes of a tile"):
         PackedWeight("int8", 7, 96, packed.data).linear(torch.ones(1, 96))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.ones(32, 2).T}, ValueError, "x must be contiguous"),
+        ({"x": torch.ones(2, 32, dtype=torch.bfloat16)}, ValueError, "x must be float32"),
+        ({"x": torch.ones(32)}, ValueError, "x must have two dimensions"),
+        ({"x": torch.ones(2, 48)}, ValueError, "multiple of 32"),
+        ({"x": [1.0]}, TypeError, "x must be a tensor"),
+        ({"data": torch.ones(1, 320, dtype=torch.int32)}, ValueError, "data must be uint8"),
+        ({"bias": torch.ones(1, 5)}, ValueError, "bias must be"),
+        ({"out": torch.ones(3, 4)}, ValueError, "out must be"),
+        ({"out": torch.ones(2, 4, dtype=torch.bfloat16)}, ValueError, "out must be float32"),
+    ],
+)
+def test_the_extension_refuses_what_does_not_fit(change, error, words):
+    packed, out = PackedWeight.pack(random_weight(4, 32)), torch.ones(2, 4)
+    call = {
+        "x": torch.ones(2, 32),
+        "data": packed.data,
+        "kind": "mxfp4",
+        "bias": None,
+        "out": out,
+        "arithmetic": "exact",
+    }
+    assert native is not None
+    native.packed_linear(**call)
+    with pytest.raises(error, match=words):
+        native.packed_linear(**(call | change))
+
+
+def test_arrays_without_the_fast_table_are_read_too():
+    w, x, out = random_weight(4, 32), random_x(2, 32, torch.float32), np.zeros((2, 4), np.float32)
+    packed = PackedWeight.pack(w)
+    assert native is not None
+    native.packed_linear(x.numpy(), packed.data.numpy(), "mxfp4", None, out, "exact")
+    assert_sums(torch.from_numpy(out), x.bfloat16(), values_of(w))

@@ -12,11 +12,15 @@ import pytest
 import torch
 from kernel_helpers import random_weight, random_x
 
-from fourfold.formats import BlockTensor
 from fourfold.kernels import set_threads, threads
-from fourfold.kernels.cpu import mxfp4_linear, native
+from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
+
+
+def weight(n: int, k: int, seed: int = 0) -> PackedWeight:
+    return PackedWeight.pack(random_weight(n, k, seed))
 
 
 @pytest.fixture(autouse=True)
@@ -30,27 +34,27 @@ def same_threads_afterwards():
 @pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
 @pytest.mark.parametrize("m", [1, 5])
 def test_any_number_of_threads_gives_the_same_bits(m, contended):
-    w, x = random_weight(1501, 576), random_x(m, 576, torch.bfloat16)
+    w, x = weight(1501, 576), random_x(m, 576, torch.bfloat16)
     results = []
     for count in (1, 2, 3, 5):
         set_threads(count)
         assert threads() == count
         native.expect_contention(contended and count > 1)
-        results += [mxfp4_linear.multiply(x, w) for _ in range(20)]
+        results += [w.linear(x, "exact") for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_callers_in_several_python_threads():
+@pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
+def test_callers_in_several_python_threads(contended):
     set_threads(3)
-    cases = [
-        (random_weight(700 + i, 576, seed=i), random_x(2 + i, 576, torch.bfloat16, seed=i)) for i in range(4)
-    ]
-    expected = [mxfp4_linear.multiply(x, w) for w, x in cases]
+    cases = [(weight(700 + i, 576, i), random_x(2 + i, 576, torch.bfloat16, seed=i)) for i in range(4)]
+    expected = [w.linear(x) for w, x in cases]
+    native.expect_contention(contended)
     wrong: list[int] = []
 
     def call(i: int) -> None:
         w, x = cases[i]
-        wrong.extend(i for _ in range(60) if not torch.equal(mxfp4_linear.multiply(x, w), expected[i]))
+        wrong.extend(i for _ in range(60) if not torch.equal(w.linear(x), expected[i]))
 
     callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
     for caller in callers:
@@ -64,7 +68,7 @@ def test_callers_in_several_python_threads():
 
 def test_the_interpreter_runs_on_while_a_kernel_works():
     set_threads(1)
-    w, x = random_weight(4096, 2048), random_x(32, 2048, torch.float32)
+    w, x = weight(4096, 2048), random_x(32, 2048, torch.float32)
     out = torch.empty(32, 4096)
     before = sys.getswitchinterval()
     sys.setswitchinterval(100)  # nobody is made to hand over: Python runs only where it is let go
@@ -75,13 +79,13 @@ def test_the_interpreter_runs_on_while_a_kernel_works():
         sys.setswitchinterval(before)
 
 
-def python_ran_during(w: BlockTensor, x: torch.Tensor, out: torch.Tensor) -> bool:
+def python_ran_during(w: PackedWeight, x: torch.Tensor, out: torch.Tensor) -> bool:
     span: list[float] = []
 
     def work() -> None:
         assert native is not None
         span.append(time.perf_counter())
-        native.mxfp4_linear(x, w.blocks, w.scales, out, "portable")
+        native.packed_linear(x, w.data, w.kind, None, out, "exact", "portable")
         span.append(time.perf_counter())
 
     worker = threading.Thread(target=work)
@@ -97,7 +101,7 @@ def python_ran_during(w: BlockTensor, x: torch.Tensor, out: torch.Tensor) -> boo
 def test_idle_threads_leave_the_cores_alone(contended):
     set_threads(2)
     native.expect_contention(contended)
-    mxfp4_linear.multiply(random_x(1, 576, torch.bfloat16), random_weight(1501, 576))
+    weight(1501, 576).linear(random_x(1, 576, torch.bfloat16))
     time.sleep(0.02)
     before = time.process_time()
     time.sleep(0.2)
@@ -117,7 +121,7 @@ def test_helpers_work_beside_a_busy_process_on_every_core():
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == 1:
         pytest.skip("two threads on one core disturb each other, and have no helpers")
-    w, x = random_weight(4096, 2048), random_x(4, 2048, torch.bfloat16)
+    w, x = weight(4096, 2048), random_x(4, 2048, torch.bfloat16)
     set_threads(1)
     before = set(TASKS.iterdir())
     set_threads(2)
@@ -127,7 +131,7 @@ def test_helpers_work_beside_a_busy_process_on_every_core():
     try:
         end = time.monotonic() + 15
         while min(map(run_time, helpers)) < 0.05 and time.monotonic() < end:
-            mxfp4_linear.multiply(x, w)
+            w.linear(x)
         assert min(map(run_time, helpers)) >= 0.05
     finally:
         for other in others:
@@ -139,14 +143,14 @@ def test_helpers_work_beside_a_busy_process_on_every_core():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_gets_threads_of_its_own():
     set_threads(2)
-    w, x = random_weight(1501, 576), random_x(1, 576, torch.bfloat16)
-    expected, out = mxfp4_linear.multiply(x, w), torch.empty(1, 1501, dtype=torch.bfloat16)
+    w, x = weight(1501, 576), random_x(1, 576, torch.float32)
+    expected, out = w.linear(x, "exact"), torch.empty(1, 1501)
     assert native is not None
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        native.mxfp4_linear(x, w.blocks, w.scales, out)
-        os._exit(0 if out.view(torch.int16).tolist() == expected.view(torch.int16).tolist() else 1)
+        native.packed_linear(x, w.data, w.kind, None, out, "exact")
+        os._exit(0 if out.view(torch.int32).tolist() == expected.view(torch.int32).tolist() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

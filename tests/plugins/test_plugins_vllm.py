@@ -93,7 +93,8 @@ def test_threads_are_as_many_as_torchs_and_the_caller_stays_bound():
         before = running_threads()
         plugin.share_threads()
         started = running_threads() - before
-        assert threads() == 2 and len(started) == 1
+        helpers = 2 if len(cores) > 1 else 0
+        assert threads() == 2 and len(started) == 1 + helpers
         assert all(os.sched_getaffinity(thread) == cores for thread in started)
         assert os.sched_getaffinity(0) == {min(cores)}
     finally:

@@ -63,7 +63,7 @@ class Engine:
     def _compile(self, checkpoint: Checkpoint, weights: Weights) -> tuple[NativeDecoder | None, str]:
         """The model as a program and its arithmetic, or None and why torch computes it."""
         if problem := obstacle(self.model, self._kv_format, self.config):
-            weights.read_all()
+            weights.pack_all()
             return None, f"torch: {problem}"
         cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
         native = compile(self.model, self._kv_format, self.config, cache)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.formats import BlockTensor
-from fourfold.kernels import linear, rotate
+from fourfold.kernels import Weight, linear, pack, rotate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +29,7 @@ class Unread:
 
 
 class Linear:
-    """x W^T + b with W [out, in] as it is held: a plain tensor, or packed blocks that stay packed.
+    """x W^T + b with W [out, in] as it is held: a plain tensor, blocks that stay blocks, or packed tiles.
 
     As the checkpoint's scheme says, x is first turned by ``rotation`` (float32 [32, 32], blockwise), and then
     rounded to the format ``activation``.
@@ -39,7 +39,7 @@ class Linear:
 
     def __init__(
         self,
-        weight: Tensor | BlockTensor | Unread,
+        weight: Weight | Unread,
         bias: Tensor | None = None,
         activation: str | None = None,
         rotation: Tensor | None = None,
@@ -47,15 +47,19 @@ class Linear:
         self._weight, self.bias, self.activation, self.rotation = weight, bias, activation, rotation
 
     @property
-    def weight(self) -> Tensor | BlockTensor:
+    def weight(self) -> Weight:
         """W; read now, if it was not."""
         if isinstance(self._weight, Unread):
             self._weight = self._weight.read()
         return self._weight
 
     @weight.setter
-    def weight(self, weight: Tensor | BlockTensor) -> None:
+    def weight(self, weight: Weight) -> None:
         self._weight = weight
+
+    def pack(self) -> None:
+        """Hold W as torch's path is fastest with it, and nothing else of it."""
+        self.weight = pack(self.weight)
 
     @property
     def name(self) -> str | None:
@@ -69,8 +73,8 @@ class Linear:
 
     @property
     def format(self) -> str | None:
-        """The block format of W, None when it is plain; nothing is read."""
-        return None if isinstance(self._weight, Tensor) else self._weight.format
+        """The block format of W, None when it is plain or packed; nothing is read."""
+        return self._weight.format if isinstance(self._weight, Unread | BlockTensor) else None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from fourfold.engine.packed_cache import PackedCache
 from fourfold.engine.requests import ArithmeticName, EngineConfig
 from fourfold.engine.scheduler import Chunk
 from fourfold.formats import BlockTensor
-from fourfold.kernels import native_available, native_problem
+from fourfold.kernels import Weight, native_available, native_problem
 from fourfold.kernels.cpu.packed import TILE_ROWS, PackedWeight
 from fourfold.kernels.cpu.program import Buffer, Gate, Mixture, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
@@ -343,8 +343,9 @@ def whole_tiles(pieces: Seq[Linear]) -> bool:
     return not any(piece.shape[0] % TILE_ROWS for piece in pieces[:-1])
 
 
-def bfloat16_unless(in_blocks: bool, weight: Tensor | BlockTensor) -> Tensor | BlockTensor:
+def bfloat16_unless(in_blocks: bool, weight: Weight) -> Tensor | BlockTensor:
     """``weight``, dequantized unless it may stay in blocks."""
+    assert not isinstance(weight, PackedWeight), "only torch's path holds packed weights"
     if in_blocks or isinstance(weight, Tensor):
         return weight
     return weight.dequantize(torch.bfloat16)

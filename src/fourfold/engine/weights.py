@@ -1,6 +1,6 @@
 """From a checkpoint's tensors to layers: checked, fused where inputs are shared, blocks kept packed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from fourfold.checkpoint import Checkpoint
 from fourfold.core.errors import FourfoldError
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm, Unread
 from fourfold.formats import ROTATION_SIZE, BlockTensor, hadamard
+from fourfold.kernels import Weight
 
 WHOLE_TENSOR_SCALES = ("nvfp4", "fp8-tensor")
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -88,10 +89,10 @@ class Weights:
         self.unread.append(linear)
         return linear
 
-    def read_all(self) -> None:
-        """Read every weight that has not been. Raises FourfoldError as ``held`` does."""
+    def pack_all(self) -> None:
+        """Read every weight that has not been, and pack it. Raises FourfoldError as ``held`` does."""
         for linear in self.unread:
-            _ = linear.weight
+            linear.pack()
         self.unread.clear()
 
     def activation(self, module: str) -> str | None:
@@ -147,7 +148,7 @@ def same_rotation(parts: list[Linear]) -> bool:
     return not given or (len(given) == len(parts) and all(torch.equal(given[0], r) for r in given))
 
 
-def concatenate(weights: list[Tensor | BlockTensor]) -> Tensor | BlockTensor:
+def concatenate(weights: Sequence[Weight]) -> Tensor | BlockTensor:
     """Weights [n_i, K], all held alike, as one [sum n_i, K]."""
     packed = [w for w in weights if isinstance(w, BlockTensor)]
     if not packed:

@@ -1,41 +1,32 @@
-"""Which kernel runs a ``linear``: the contract is checked here, once, so that kernels need not.
+"""Which way a ``linear`` goes: the contract is checked here, once, so that kernels need not.
 
-A kernel is a module of ``kernels/cpu`` (later also ``kernels/gpu``) that exports KERNEL. For a packed weight
-the first kernel for its format that accepts the call is taken, in the order of their names; if none does, the
-weight is expanded and multiplied by torch.
+A weight that was packed for the C++ kernels goes to them; one in blocks is expanded and multiplied by torch,
+a plain one is multiplied by torch. ``pack`` packs what can be packed, once, when it is loaded.
 """
-
-import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
 
 import torch
 from torch.nn.functional import linear as dense_linear
 
 from fourfold.core.errors import FourfoldError
-from fourfold.formats import BlockTensor, get_format
-from fourfold.kernels import cpu, expanded
+from fourfold.formats import BlockTensor
+from fourfold.kernels import expanded
+from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu.packed import KINDS, PackedWeight
 from fourfold.kernels.reference import activate
 
 DTYPES = (torch.bfloat16, torch.float32)
 
-
-@dataclass(frozen=True)
-class LinearKernel:
-    """One fast way to multiply by a packed weight.
-
-    ``takes(x, w)`` says whether it can serve this call here and now. ``run(x, w)`` gets a contiguous ``x``
-    [M, K] (bfloat16 or float32) and a ``w`` [N, K] on its device, and returns [M, N] in the dtype of ``x``.
-    """
-
-    weight_format: str
-    takes: Callable[[torch.Tensor, BlockTensor], bool]
-    run: Callable[[torch.Tensor, BlockTensor], torch.Tensor]
+Weight = BlockTensor | PackedWeight | torch.Tensor
 
 
-def linear(x: torch.Tensor, w: BlockTensor | torch.Tensor, activation: str | None = None) -> torch.Tensor:
+def pack(w: Weight) -> Weight:
+    """``w`` [N, K] as ``linear`` is fastest with it here; what is packed holds nothing of ``w``."""
+    if native is None or not isinstance(w, BlockTensor) or w.format not in KINDS:
+        return w
+    return PackedWeight.pack(w) if w.blocks.device.type == "cpu" else w
+
+
+def linear(x: torch.Tensor, w: Weight, activation: str | None = None) -> torch.Tensor:
     """``x`` [..., K] (bfloat16 or float32) times ``w`` [N, K] transposed: [..., N] in the dtype of ``x``.
 
     ``activation`` names the format that ``x`` is rounded to first (any of ``fourfold formats``; None leaves
@@ -52,15 +43,13 @@ def linear(x: torch.Tensor, w: BlockTensor | torch.Tensor, activation: str | Non
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def multiply(x: torch.Tensor, w: BlockTensor | torch.Tensor) -> torch.Tensor:
-    """``x`` [M, K] times ``w`` transposed, by the first kernel that accepts them."""
-    if not isinstance(w, BlockTensor):
-        return dense_linear(x, w if w.dtype == x.dtype else w.to(x.dtype))
-    x = x.contiguous()
-    for kernel in kernels_for(w.format):
-        if kernel.takes(x, w):
-            return kernel.run(x, w)
-    return expanded.linear(x, w)
+def multiply(x: torch.Tensor, w: Weight) -> torch.Tensor:
+    """``x`` [M, K] times ``w`` transposed."""
+    if isinstance(w, PackedWeight):
+        return w.exactly(x)
+    if isinstance(w, BlockTensor):
+        return expanded.linear(x, w)
+    return dense_linear(x, w if w.dtype == x.dtype else w.to(x.dtype))
 
 
 def rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -69,34 +58,20 @@ def rounded(x: torch.Tensor, activation: str) -> torch.Tensor:
     return activate(x if exact else x.float(), activation)
 
 
-@cache
-def kernels_for(weight_format: str) -> tuple[LinearKernel, ...]:
-    """The kernels for one weight format; a module of ``kernels/cpu`` without a KERNEL is machinery."""
-    names = [m.name for m in pkgutil.iter_modules(cpu.__path__) if not m.name.startswith("_")]
-    modules = [import_module(f"{cpu.__name__}.{name}") for name in names]
-    kernels = [module.KERNEL for module in modules if hasattr(module, "KERNEL")]
-    return tuple(kernel for kernel in kernels if kernel.weight_format == weight_format)
-
-
-@cache
-def element_bits(weight_format: str) -> int:
-    """Bits of a code; looked up once, since ``linear`` is called hundreds of times a token."""
-    return get_format(weight_format).element.bits
-
-
-def check(x: torch.Tensor, w: BlockTensor | torch.Tensor) -> None:
+def check(x: torch.Tensor, w: Weight) -> None:
     """Raises FourfoldError unless ``linear`` is defined for these operands."""
-    held, width_bits = (w.blocks, element_bits(w.format)) if isinstance(w, BlockTensor) else (w, 8)
+    shape = tuple(w.shape)
+    device = (w if isinstance(w, torch.Tensor) else w.blocks if isinstance(w, BlockTensor) else w.data).device
     if x.dtype not in DTYPES:
         raise FourfoldError(f"linear got x in {x.dtype}; convert it to torch.bfloat16 or torch.float32.")
-    if held.ndim != 2 or x.ndim == 0:
+    if len(shape) != 2 or x.ndim == 0:
         raise FourfoldError(
             f"linear multiplies x [..., K] by one matrix [N, K], but got x {list(x.shape)} and a weight "
-            f"{list(w.shape)}; index a stack of matrices first."
+            f"{list(shape)}; index a stack of matrices first."
         )
-    if x.shape[-1] * width_bits != held.shape[1] * 8:
+    if x.shape[-1] != shape[1]:
         raise FourfoldError(
-            f"linear got x {list(x.shape)} for a weight {list(w.shape)}: their last dimensions must be equal."
+            f"linear got x {list(x.shape)} for a weight {list(shape)}: their last dimensions must be equal."
         )
-    if x.device != held.device:
-        raise FourfoldError(f"linear got x on {x.device} and w on {held.device}; move one to the other.")
+    if x.device != device:
+        raise FourfoldError(f"linear got x on {x.device} and w on {device}; move one to the other.")

@@ -1,14 +1,12 @@
-"""``linear`` for many rows of x: expand a slice of the weight, let torch multiply, go on with the next.
+"""``linear`` for weights without a kernel: expand a slice, let torch multiply, go on with the next.
 
 A value of an MX format is a short integer times a power of two and therefore exact in bfloat16, down to
 bfloat16's smallest step of 2^-133 (an MXFP8 code under the very smallest scales may lie below it, and is
 rounded by less than 2^-133). So for a bfloat16 ``x`` the slice is expanded to bfloat16, and torch's own
 matrix product, which sums in float32, loses nothing against the reference. Other formats have scales with
-more bits and are multiplied in float32. The price is the expansion on every call, which pays off from about
-a dozen rows of x on.
+more bits and are multiplied in float32. The price is the expansion on every call.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -18,19 +16,14 @@ from fourfold.kernels.reference import row_slices, slice_rows
 
 SLICE_VALUES = 2**21
 
-Expand = Callable[[BlockTensor, torch.dtype], torch.Tensor]
 
-
-def linear(x: torch.Tensor, w: BlockTensor, expand: Expand = BlockTensor.dequantize) -> torch.Tensor:
-    """``x`` [M, K] times ``w`` [N, K] transposed, [M, N] in the dtype of ``x``; no gradients.
-
-    ``expand(slice of w, dtype)`` reads a slice back; its result is used before the next call.
-    """
+def linear(x: torch.Tensor, w: BlockTensor) -> torch.Tensor:
+    """``x`` [M, K] times ``w`` [N, K] transposed, [M, N] in the dtype of ``x``; no gradients."""
     exact = x.dtype == torch.float32 or exact_in_bfloat16(w.format)
     factor = x.detach() if exact else x.detach().float()
     out = factor.new_empty(len(x), len(w.blocks))
     for rows in row_slices(out.shape[1], x.shape[1], SLICE_VALUES):
-        torch.mm(factor, expand(slice_rows(w, rows), factor.dtype).T, out=out[:, rows])
+        torch.mm(factor, slice_rows(w, rows).dequantize(factor.dtype).T, out=out[:, rows])
     return out.to(x.dtype)
 
 

@@ -2,12 +2,6 @@
 
 from torch import Tensor
 
-def mxfp4_linear(x: Tensor, blocks: Tensor, scales: Tensor, out: Tensor, isa: str = "auto") -> None:
-    """out [m, n] = x [m, k] times W [n, k] transposed; x and out both float32 or both bfloat16."""
-
-def mxfp4_expand(blocks: Tensor, scales: Tensor, out: Tensor, isa: str = "auto") -> None:
-    """out [n, k] (float32 or bfloat16) = the values of W."""
-
 def attention(
     q: Tensor,
     cache: Tensor,
@@ -58,16 +52,16 @@ def round_columns(
 ) -> None:
     """See column_rounding.py and cpp/column_rounding.h; ``alone``: without the pool's threads."""
 
-def cpu_features() -> dict[str, bool]: ...
+def cpu_features() -> dict[str, bool]:
+    """What ``isa`` of packed layers can be, slowest first, and whether it can be used here."""
+
 def threads() -> int: ...
 def set_threads(count: int) -> None: ...
 def expect_contention(expected: bool) -> None:
     """For tests: as if other work were always seen on the cores, so that helpers take part in every walk."""
 
-
 PACKED_LAYOUT: int
 
-def packed_isas() -> dict[str, bool]: ...
 def packed_tiles(n: int) -> int: ...
 def packed_tile_bytes(kind: str, k: int) -> int: ...
 def packed_pack(codes: Tensor, scales: Tensor | None, data: Tensor, kind: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fourfold.core.errors import FourfoldError
 from fourfold.formats import BlockTensor
-from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu import cpu_features, native
 from fourfold.kernels.cpu.memory import large_pages
 
 TILE_ROWS = 16
@@ -31,6 +31,11 @@ class PackedWeight:
     k: int
     data: torch.Tensor
     bias: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, k]."""
+        return torch.Size((self.n, self.k))
 
     @classmethod
     def pack(cls, weight: BlockTensor | torch.Tensor, bias: torch.Tensor | None = None) -> "PackedWeight":
@@ -67,6 +72,19 @@ class PackedWeight:
         _extension().packed_linear(rows, self.data, self.kind, bias, out, arithmetic, isa)
         return out.to(x.dtype).view(*x.shape[:-1], self.n)
 
+    def exactly(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``linear``, with ``x`` as it is: a float32 is the sum of three bfloat16s.
+
+        The price in float32 is three products, and parts below 2^-126 may count as zero.
+        """
+        if x.dtype == torch.bfloat16:
+            return self.linear(x, "exact")
+        return self.linear(torch.stack(bfloat16_parts(x)), "exact").sum(0)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [n, k] as values."""
+        return self.rows(torch.arange(self.n)).to(dtype)
+
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, [..., k] float32, for ``indices`` [...]: an embedding.
 
@@ -76,6 +94,18 @@ class PackedWeight:
         wanted = indices.reshape(-1, 1).to(torch.int64).contiguous()
         _extension().packed_unpack(self.data, self.kind, self.n, wanted, out)
         return out.view(*indices.shape, self.k)
+
+
+def bfloat16_parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """Three bfloat16s, held as float32, that sum to the float32 ``x``; the first has what is not finite."""
+
+    def cut(value: torch.Tensor) -> torch.Tensor:  # rounding could make the largest infinite
+        return (value.view(torch.int32) & -65536).view(torch.float32)
+
+    first = cut(x)
+    rest = (x - first).masked_fill_(~x.isfinite(), 0.0)
+    second = cut(rest)
+    return [first, second, rest.sub_(second)]  # 8 of 24 bits each
 
 
 def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
@@ -95,7 +125,7 @@ def checksum(data: torch.Tensor) -> str:
 
 def packed_isas() -> list[str]:
     """Instruction sets that the packed kernels can use here, slowest first."""
-    return [] if native is None else [name for name, usable in native.packed_isas().items() if usable]
+    return [name for name, usable in cpu_features().items() if usable]
 
 
 def _parts(weight: BlockTensor | torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor | None]:

@@ -13,7 +13,7 @@
 #include <memory>
 
 #include "attention_kernel.h"
-#include "mxfp4.h"
+#include "processor.h"
 
 namespace fourfold {
 namespace {
@@ -227,13 +227,17 @@ const AttentionKernel& kernel_for(AttentionIsa isa, KVType type) {
 
 bool attention_has(AttentionIsa isa) {
     switch (isa) {
+#if defined(FOURFOLD_AVX512BF16)
         case AttentionIsa::avx512bf16:
-            return cpu_has(Isa::avx512bf16);
+            return processor_has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(FOURFOLD_AVX512)
         case AttentionIsa::avx512:
-            return cpu_has(Isa::avx512);
+            return processor_has_avx512();
+#endif
 #if defined(FOURFOLD_AVX2)
         case AttentionIsa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return processor_has_avx2();
 #endif
         case AttentionIsa::automatic:
         case AttentionIsa::portable:

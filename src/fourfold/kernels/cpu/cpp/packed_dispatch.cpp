@@ -2,6 +2,7 @@
 #include <initializer_list>
 
 #include "packed_layout.h"
+#include "processor.h"
 
 namespace fourfold {
 namespace {
@@ -52,13 +53,11 @@ bool packed_isa_usable(PackedIsa isa) {
     switch (isa) {
 #if defined(FOURFOLD_AVX2)
         case PackedIsa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return processor_has_avx2();
 #endif
 #if defined(FOURFOLD_AVX512VNNI)
         case PackedIsa::avx512vnni:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512vnni");
+            return processor_has_avx512() && __builtin_cpu_supports("avx512vnni");
 #endif
 #if defined(FOURFOLD_AVX512VNNI) && defined(FOURFOLD_AVX512BF16)
         case PackedIsa::avx512bf16:

@@ -176,7 +176,7 @@ nb::dict isas() {
 
 void bind_packed(nb::module_& module) {
     module.attr("PACKED_LAYOUT") = kPackedLayout;
-    module.def("packed_isas", &isas);
+    module.def("cpu_features", &isas);
     module.def("packed_tiles", &packed_tiles, "n"_a);
     module.def("packed_tile_bytes", [](const std::string& kind, std::int64_t k) {
         return packed_tile_bytes(parse_kind(kind), k);
