@@ -26,7 +26,7 @@ PackedTiles tiles_of(Arithmetic arithmetic, PackedIsa isa) {
     if (arithmetic == Arithmetic::exact && isa >= PackedIsa::avx512bf16) return packed_exact_avx512;
 #endif
 #if defined(FOURFOLD_AVX2)
-    if (isa >= PackedIsa::avx2) return arithmetic == Arithmetic::int8 ? packed_int8_avx2 : packed_exact_avx2_floats;
+    if (isa >= PackedIsa::avx2) return arithmetic == Arithmetic::int8 ? packed_int8_avx2 : packed_exact_avx2;
 #endif
     (void)isa;
     return arithmetic == Arithmetic::int8 ? packed_int8_portable : packed_exact_portable;

@@ -86,6 +86,7 @@ void prepare_exact_portable(const float* x, std::int64_t k, void* row);
 void packed_int8_avx2(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void packed_int8_avx2_floats(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void packed_exact_avx2_floats(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
+void packed_exact_avx2(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end);
 void prepare_int8_avx2_floats(const float* x, std::int64_t k, void* row);
 void prepare_exact_avx2_floats(const float* x, std::int64_t k, void* row);
 #endif

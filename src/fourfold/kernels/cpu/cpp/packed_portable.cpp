@@ -118,7 +118,7 @@ struct Exact {
 };
 
 void store(const PackedLinear& p, std::int64_t t, std::int64_t first, std::int64_t count,
-           const Floats (&sums)[kRowsOfX][kParts]) {
+           const Floats (*sums)[kParts]) {
     const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
     for (std::int64_t i = 0; i < count; ++i) {
         float* out = p.out + (first + i) * p.out_stride + n;
