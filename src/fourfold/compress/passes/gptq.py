@@ -199,7 +199,7 @@ def _base_inputs(
     base: dict[str, torch.Tensor] = {}
     # the two models send a token to different experts, so that their inputs cannot be paired
     paired = [name for name in names if EXPERTS not in name]
-    if paired or not work.blocks:
+    if paired:
         with _weights(work, originals):
             work.observe(paired, base.__setitem__, [work.base_inputs[batch]])
     return base
