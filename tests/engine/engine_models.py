@@ -1,14 +1,19 @@
 """Models, engines and transformers' answers that several of this room's tests compare."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import build_architecture, build_gemma3
 
+from fourfold.checkpoint import open_checkpoint
+from fourfold.compress.experts import parse_fused, unfuse
 from fourfold.engine import Engine, EngineConfig, Request, SamplingParams, TokenOutput
+from fourfold.formats import BlockTensor
 
 torch.set_num_threads(1)  # tiny work: more threads only wait for each other
 
@@ -128,6 +133,33 @@ def witness_logits(model: Any, token_ids: list[int]) -> np.ndarray:
     """Transformers' logits [T, V] for one sequence."""
     with torch.no_grad():
         return model(torch.tensor([token_ids])).logits[0].float().numpy()
+
+
+def values_witness(source: Path, packed: Path, out: Path) -> Any:
+    """Transformers' model of ``source`` with ``packed``'s values."""
+    shutil.copytree(source, out)
+    config = json.loads((source / "config.json").read_text())
+    held = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
+    held = {name: value.float() for name, value in held.items()}
+    shapes = {name: tuple(value.shape) for name, value in held.items()}
+    fused = {
+        piece.name: (name, piece)
+        for name, shape in shapes.items()
+        if parse_fused(name, shape)
+        for piece in unfuse(name, shapes, config)
+    }
+    checkpoint = open_checkpoint(packed)
+    for name in checkpoint.names():
+        value = checkpoint.load(name)
+        value = value.dequantize() if isinstance(value, BlockTensor) else value.float()
+        if name in held:
+            held[name] = value
+        else:
+            whole, piece = fused[name]
+            piece.put(held[whole], value)
+    for file in out.glob("*.safetensors"):
+        save_file({name: held[name] for name in load_file(file)}, file, metadata={"format": "pt"})
+    return witness(out)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

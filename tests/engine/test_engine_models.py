@@ -7,14 +7,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engine_models import CASES, LLAMA3, build_case, greedy, load, prompt, witness, witness_logits
+from engine_models import (
+    CASES,
+    LLAMA3,
+    build_case,
+    greedy,
+    load,
+    prompt,
+    values_witness,
+    witness,
+    witness_logits,
+)
 from kv_checkpoints import with_kv_cache
 from safetensors.torch import load_file, save_file
 from tiny_models import build_architecture
 
-from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import quantize
-from fourfold.compress.experts import parse_fused, unfuse
 from fourfold.core.errors import FourfoldError
 from fourfold.engine import Completion, Request
 from fourfold.engine.experts import MixtureOfExperts
@@ -85,33 +93,6 @@ def follows_transformers(done, reference):
     np.testing.assert_allclose(done.logprobs, expected, atol=2e-5)
 
 
-def dequantized_witness(source, packed, out):
-    """Transformers' model of ``source`` with ``packed``'s values."""
-    shutil.copytree(source, out)
-    config = json.loads((source / "config.json").read_text())
-    held = {name: value for file in source.glob("*.safetensors") for name, value in load_file(file).items()}
-    held = {name: value.float() for name, value in held.items()}
-    shapes = {name: tuple(value.shape) for name, value in held.items()}
-    fused = {
-        piece.name: (name, piece)
-        for name, shape in shapes.items()
-        if parse_fused(name, shape)
-        for piece in unfuse(name, shapes, config)
-    }
-    checkpoint = open_checkpoint(packed)
-    for name in checkpoint.names():
-        value = checkpoint.load(name)
-        value = value.dequantize() if isinstance(value, BlockTensor) else value.float()
-        if name in held:
-            held[name] = value
-        else:
-            whole, piece = fused[name]
-            piece.put(held[whole], value)
-    for file in out.glob("*.safetensors"):
-        save_file({name: held[name] for name in load_file(file)}, file, metadata={"format": "pt"})
-    return witness(out)
-
-
 @pytest.mark.parametrize("case", PACKED, ids="-".join)
 def test_packed_models_are_those_of_their_values(built, tmp_path, case):
     *case, dialect = case
@@ -120,7 +101,7 @@ def test_packed_models_are_those_of_their_values(built, tmp_path, case):
     quantize(source, tmp_path / "mxfp4", "mxfp4", dialect)
     engine, tokens = load(tmp_path / "mxfp4"), prompt(60)
     ours = engine.logits(tokens)
-    expected = dequantized_witness(source, tmp_path / "mxfp4", tmp_path / "values")
+    expected = values_witness(source, tmp_path / "mxfp4", tmp_path / "values")
     np.testing.assert_allclose(ours, witness_logits(expected, tokens), rtol=1e-4, atol=2e-5)
     assert np.abs(ours - witness_logits(reference, tokens)).max() > 0.01
     mlps = [layer.mlp for layer in engine.model.layers]

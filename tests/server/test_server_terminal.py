@@ -33,8 +33,8 @@ def run(verb, arguments: list[str], typed: str = ""):
 
 def test_serve_says_where_and_ends_with_zero(tiny_llama):
     command = [sys.executable, "-c", SERVE, str(tiny_llama), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
     try:
         line = process.stdout.readline()
         assert line.startswith("Fourfold serves tiny-llama (bf16) at http://127.0.0.1:")
@@ -42,6 +42,7 @@ def test_serve_says_where_and_ends_with_zero(tiny_llama):
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
         assert process.stdout.read() == ""
+        assert process.stderr.read().startswith("Computed: ")
     finally:
         process.kill()
 
@@ -81,7 +82,8 @@ def test_generate_prints_and_records(tiny_llama, tmp_path):
     engine = Engine.load(tiny_llama, EngineConfig(threads=1))
     [want] = engine.generate(["A tale"], SamplingParams(temperature=0, max_tokens=9))
     assert record["token_ids"] == want.token_ids and record["text"] == want.text
-    assert want.text in result.output
+    assert want.text in result.output and f"Computed: {record['computed']}" in result.output
+    assert record["computed"] == engine.computed and "bfloat16 for what is not quantized" in engine.computed
     assert record["prompt_token_ids"] == want.prompt_token_ids
     assert 0 < record["ttft_ms"] <= record["total_ms"]
 

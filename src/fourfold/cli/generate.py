@@ -32,7 +32,7 @@ def generate(
     Example: `fourfold generate ./SmolLM2-mxfp4 --prompt "The capital of France is" --max-tokens 32`
     """
     with importing():
-        from fourfold.cli.output import check_json_path, write_json
+        from fourfold.cli.output import check_json_path, stderr, write_json
         from fourfold.engine import Engine, EngineConfig, SamplingParams
         from fourfold.server.local import timed_generation
 
@@ -45,6 +45,7 @@ def generate(
         speculative_tokens=speculative_tokens,
     )
     engine = Engine.load(model, config)
+    stderr.print(f"Computed: {engine.computed}", style="dim")
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     record = timed_generation(engine, prompt, sampling, show=lambda text: typer.echo(text, nl=False))
     typer.echo()

@@ -177,8 +177,8 @@ class Decoder:
         if not self.norms_heads:
             return None
         s = self.shape
-        q, k = (weights.tensor(f"{prefix}{name}.weight", (s.head_dim,)) for name in ("q_norm", "k_norm"))
-        return torch.cat([q.expand(s.heads, -1), k.expand(s.kv_heads, -1)]).float() + self.norm_offset
+        q, k = (weights.values(f"{prefix}{name}.weight", (s.head_dim,)) for name in ("q_norm", "k_norm"))
+        return torch.cat([q.expand(s.heads, -1), k.expand(s.kv_heads, -1)]) + self.norm_offset
 
     def build_norm(self, weights: Weights, module: str) -> RMSNorm:
         """A norm over the hidden features."""

@@ -89,6 +89,14 @@ class Engine:
         return self._card
 
     @property
+    def computed(self) -> str:
+        """Which way the model is computed, in words for a person."""
+        way, _, reason = self.arithmetic.partition(": ")
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        way = f"{way} ({reason})" if reason else f"{way} arithmetic in C++"
+        return f"{way}, {dtype} for what is not quantized"
+
+    @property
     def max_positions(self) -> int:
         """The longest sequence the model takes, in tokens."""
         return self.model.shape.max_positions

@@ -70,11 +70,10 @@ class MixtureOfExperts:
 
 def build_experts(weights: Weights, prefix: str, hidden: int, said: Experts) -> MixtureOfExperts:
     """The experts of the layer ``prefix``, which holds them in one of two ways."""
-    router = weights.linear(prefix + said.router, said.shape.count, hidden, said.bias)
-    if isinstance(router.weight, Tensor):
-        router.weight = router.weight.float()
-    if router.bias is not None:
-        router.bias = router.bias.float()
+    size = (said.shape.count, hidden)
+    router = weights.linear(prefix + said.router, *size, said.bias)
+    if router.format is None:
+        router.weight = weights.values(f"{prefix}{said.router}.weight", size)
     module = prefix + said.module
     read = fused if weights.has(module + ".gate_up_proj") else one_by_one
     return MixtureOfExperts(router, read(weights, module, hidden, said), said.shape.chosen, said.among_chosen)
@@ -116,7 +115,7 @@ def stacked(
             held = held.mT
         return weights.cast(expert_rows(held, number, order))
 
-    offsets = weights.tensor(f"{name}_bias", (count, rows)) if said.bias else None
+    offsets = weights.values(f"{name}_bias", (count, rows)) if said.bias else None
     activation, form = weights.activation(name), weights.format(name)
     linears = [
         Linear(

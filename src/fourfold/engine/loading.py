@@ -36,11 +36,11 @@ def find_architecture(checkpoint: Checkpoint) -> type[Decoder]:
 
 
 def choose_dtype(model: dict[str, Any], config: EngineConfig) -> torch.dtype:
-    """What the configuration asks for; auto is the checkpoint's own, float16 held exactly in float32."""
+    """What the configuration asks for; auto is bfloat16, or float32 where ``exact`` needs it."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     own = str(model.get("dtype") or model.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return torch.bfloat16 if own == "bfloat16" else torch.float32
+    return torch.float32 if own != "bfloat16" and config.arithmetic == "exact" else torch.bfloat16
 
 
 def build_kv_format(checkpoint: Checkpoint, config: EngineConfig, model: Decoder) -> KVFormat:

@@ -4,7 +4,8 @@
 torch. ``compile`` reads and packs the weights of others one by one, letting go of each as it is packed, so
 that no more than one is ever held twice; those in the packed cache are not read at all. States are float32
 between the linear layers, whose inputs are rounded to int8 in blocks of 32 (arithmetic ``int8``) or to
-bfloat16 (``exact``). A result depends neither on what is beside it in the batch nor on the threads.
+bfloat16 (``exact``). Matrices without blocks become bfloat16, whatever the checkpoint has; norms, biases and
+routers stay float32. A result depends neither on what is beside it in the batch nor on the threads.
 """
 
 from array import array
@@ -277,7 +278,7 @@ def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None
     """What of ``model`` the program has no words for, or None."""
     if not native_available():
         return f"the C++ extension cannot be used ({native_problem()})"
-    if model.dtype != torch.bfloat16:
+    if model.dtype != torch.bfloat16 and config.arithmetic != "int8":
         return f"the model is to be computed in {str(model.dtype).removeprefix('torch.')}"
     if not isinstance(form, AsComputed | Fp8):
         return f"the KV cache is held in {form.name}"

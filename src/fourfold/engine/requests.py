@@ -39,7 +39,9 @@ class EngineConfig(Record):
         default=None, ge=1, description="CPU threads; None: one per core of this process"
     )
     dtype: DtypeName = Field(
-        default="auto", description="of kept weights, activations and unquantized KV; auto: the checkpoint's"
+        default="auto",
+        description="of kept matrices, activations and unquantized KV; norms, biases, routers are float32; "
+        "auto: bfloat16, with exact arithmetic float32 for a checkpoint in float16 or float32",
     )
     kv_cache: KVCacheChoice = Field(
         default="auto",

@@ -16,7 +16,7 @@ PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Weights:
-    """A checkpoint seen as layers of one dtype. Kept weights are cast to ``dtype`` (never quantized ones)."""
+    """A checkpoint seen as layers of one dtype. Matrices that are not quantized are cast to ``dtype``."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
         self.checkpoint, self.dtype = checkpoint, dtype
@@ -72,14 +72,19 @@ class Weights:
         value = self.raw(name, shape)
         return value.dequantize(self.dtype) if isinstance(value, BlockTensor) else value
 
+    def values(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter in float32 whatever the engine's dtype: norms, biases and routers, which are small."""
+        value = self.held(name, shape)
+        return value.dequantize() if isinstance(value, BlockTensor) else value.float()
+
     def norm(self, module: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
         """The RMSNorm ``module`` over ``size`` features, whose weights are ``offset`` more than is stored."""
-        return RMSNorm(self.tensor(f"{module}.weight", (size,)).float() + offset, eps, self.dtype)
+        return RMSNorm(self.values(f"{module}.weight", (size,)) + offset, eps, self.dtype)
 
     def linear(self, module: str, out_features: int, in_features: int, bias: bool = False) -> Linear:
         """The linear layer ``module``, its weight [out, in] as held and its scheme's activation format."""
         name, shape = f"{module}.weight", (out_features, in_features)
-        offset = self.tensor(f"{module}.bias", (out_features,)) if bias else None
+        offset = self.values(f"{module}.bias", (out_features,)) if bias else None
         linear = Linear(
             Unread(name, shape, self.format(name), lambda: self.raw(name, shape)),
             offset,

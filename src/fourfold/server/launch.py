@@ -64,6 +64,7 @@ def serve(
         # the main thread would make every step of the engine's thread a third slower, so loading has its own
         with ThreadPoolExecutor(1, "fourfold-load") as loader:
             engine = loader.submit(Engine.load, source, config or EngineConfig()).result()
+        print(f"Computed: {engine.computed}", file=sys.stderr)
         gc.freeze()  # what is loaded stays: looking through all of it again would hold up every answer
         run(engine, listener, host)
 

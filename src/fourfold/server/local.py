@@ -105,6 +105,7 @@ class GenerationRecord(Record):
 
     kind: Literal["fourfold.generation/1"] = "fourfold.generation/1"
     model: ModelCard
+    computed: str = Field(description="which way: the arithmetic, what by, and the dtype of the rest")
     prompt: str
     prompt_token_ids: list[int]
     token_ids: list[int]
@@ -130,6 +131,7 @@ def timed_generation(
     gaps = len(times_s) - 1
     return GenerationRecord(
         model=engine.card,
+        computed=engine.computed,
         prompt=prompt,
         prompt_token_ids=prompt_token_ids,
         token_ids=[o.token_id for o in outputs],

@@ -67,7 +67,7 @@ class GptOss(Decoder):
     def build_attention(self, weights: Weights, prefix: str, index: int) -> SelfAttention:
         """With the ``sinks`` of the heads."""
         attention = super().build_attention(weights, prefix, index)
-        sinks = weights.tensor(prefix + "sinks", (self.shape.heads,)).float()
+        sinks = weights.values(prefix + "sinks", (self.shape.heads,))
         attention.scoring = replace(attention.scoring, sinks=sinks)
         return attention
 
