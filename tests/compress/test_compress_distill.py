@@ -169,7 +169,7 @@ def test_a_gpu_that_is_too_small_is_told(model, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore lines")
 
-    monkeypatch.setattr(distill, "descend", full)
+    monkeypatch.setattr(distill, "kl", full)
     with pytest.raises(FourfoldError, match=r"trained on 8 sequences of 32 tokens.*9 GiB.*Lower `micro`"):
         learn(model, steps=1)
 

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from fourfold.compress.calibrated.author import write_together
 from fourfold.compress.calibrated.latent import Latents
+from fourfold.compress.calibrated.replay import Replayed
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.whole import WholeModel, divergence_of
 from fourfold.compress.calibrated.work import LayerWork
@@ -127,6 +128,7 @@ def _learn(
     student = start(skeleton, model, options)
     batches = Batches(train_ids, options.sequences, options.seed)
     check_at = {round(k * options.steps / options.checks) for k in range(options.checks + 1)}
+    descend = descent(base, model, batches.size)
     best = student.snapshot()
     first = least = float("inf")
     for step in range(options.steps + 1):
@@ -137,21 +139,24 @@ def _learn(
             if loss < least:
                 least, best = loss, student.snapshot()
         if step < options.steps:
-            descend(base, model, batches.next(), options.micro)
+            for part in batches.next().split(options.micro):
+                descend(part)
             student.step(share_of(step, options.steps))
     return student.learned(best) | totals | {REPORT: torch.tensor([first, least])}
 
 
 class Batches:
-    """``size`` of the sequences ``token_ids`` [n, T] at a time, all once in random order before any twice."""
+    """``size`` of the sequences ``token_ids`` [n, T] at a time (or all), each once in random order before any
+    twice.
+    """
 
     def __init__(self, token_ids: torch.Tensor, size: int, seed: int):
-        self.token_ids, self.size = token_ids, size
+        self.token_ids, self.size = token_ids, min(size, len(token_ids))
         self.order = torch.Generator().manual_seed(seed)
         self.left: list[int] = []
 
     def next(self) -> torch.Tensor:
-        """[at most ``size``, T]."""
+        """[``size``, T]."""
         if len(self.left) < self.size:
             self.left += torch.randperm(len(self.token_ids), generator=self.order).tolist()
         chosen, self.left = self.left[: self.size], self.left[self.size :]
@@ -201,10 +206,13 @@ def norms_of(skeleton: Skeleton, model: WholeModel) -> dict[str, torch.Tensor]:
     }
 
 
-def descend(base: WholeModel, model: WholeModel, token_ids: torch.Tensor, micro: int) -> None:
-    """Leave the gradient of the mean divergence over ``token_ids`` in the weights."""
-    for part in token_ids.split(micro):
-        (kl(base, model, part) * (len(part) / len(token_ids))).backward()
+def descent(base: WholeModel, model: WholeModel, sequences: int) -> Replayed:
+    """Adds to the weights' gradients a part's share of that of the mean divergence over ``sequences``."""
+
+    def add(token_ids: torch.Tensor) -> None:
+        (kl(base, model, token_ids) * (len(token_ids) / sequences)).backward()
+
+    return Replayed(add, model.device)
 
 
 @torch.no_grad()
