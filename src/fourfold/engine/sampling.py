@@ -2,12 +2,11 @@
 
 Order, as in vLLM: logprobs of the raw logits, then penalties, minimum length, temperature, top-k, top-p,
 min-p, and one draw. A draw is one uniform number from the request's own generator, looked up in the
-distribution over the vocabulary. Rows are taken one by one, so a seeded result depends on its own logits
-only, never on its neighbours.
+distribution over the vocabulary. A seeded result depends on its own row of logits only, never on neighbours.
 
 A request with a draft has a row for each draft token too. Each row counts only when the token chosen before
 it is the draft's, so it is chosen from with the penalties that those tokens bring, and with the number that
-belongs to its position.
+belongs to its position. So all rows of a step are chosen from together.
 """
 
 import random
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fourfold.engine.drawing import draw
+from fourfold.engine.drawing import Asked, Draw, Logprobs, draw_all, logprobs_all
 from fourfold.engine.requests import SamplingParams
 
 NEVER = float("-inf")
@@ -46,19 +45,18 @@ class SamplingState:
         if params.temperature >= GREEDY_BELOW:
             self.generator = random.Random(None if params.seed is None else params.seed % 2**64)
         self._drawn: deque[float] = deque()  # numbers of positions that have none chosen yet
+        self.filters = params.temperature, params.top_k, params.top_p, params.min_p
         self.penalised = bool(
             params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
         )
         self.counts: dict[int, int] = dict.fromkeys(prompt, 0) if self.penalised else {}
 
-    @property
-    def edits_logits(self) -> bool:
-        """Whether ``edit`` would change anything now."""
-        return self.penalised or self.generated < self.params.min_tokens
-
-    def lets(self, likeliest: int) -> bool:
-        """Whether ``edit`` would leave this, the largest logit, the largest."""
-        return not self.penalised and likeliest not in self.banned_early
+    def edits(self, likeliest: int) -> bool:
+        """Whether ``edit`` could change the choice now; ``likeliest`` is the largest logit's token."""
+        if self.penalised:
+            return True
+        early = self.generated < self.params.min_tokens
+        return early and (self.generator is not None or likeliest in self.banned_early)
 
     def edit(self, row: np.ndarray, ahead: Sequence[int] = ()) -> None:
         """Penalties (of output; repetition: prompt too) and the ban on early ends, in place on row [V].
@@ -100,11 +98,16 @@ def _counted(counts: dict[int, int], tokens: Sequence[int]) -> dict[int, int]:
     return counts
 
 
+Place = tuple[SamplingState, list[int]]
+"""Where a token is chosen: for whom, and after which tokens of its draft."""
+NO_LOGPROBS = None, None
+
+
 def choose(
     logits: torch.Tensor | np.ndarray,
     states: list[SamplingState],
     drafts: list[list[int]] | None = None,
-    likeliest: Sequence[int] | None = None,
+    likeliest: list[int] | None = None,
 ) -> list[list[Choice]]:
     """The next tokens of each request, from 1 + len(draft) rows of ``logits`` [.., V] each.
 
@@ -113,44 +116,54 @@ def choose(
     advance at the end, so none when anything raises.
     """
     rows = logits.float().numpy() if isinstance(logits, torch.Tensor) else logits
-    largest = [None] * len(rows) if likeliest is None else likeliest
-    at, runs = 0, []
-    for state, draft in zip(states, drafts or [[]] * len(states), strict=True):
-        end = at + len(draft) + 1
-        runs.append(_run(rows[at:end], largest[at:end], state, draft))
-        at = end
+    drafts = drafts or [[]] * len(states)
+    places = [(s, draft[:i]) for s, draft in zip(states, drafts, strict=True) for i in range(len(draft) + 1)]
+    tokens = _tokens(rows, places, rows.argmax(-1).tolist() if likeliest is None else likeliest)
+    runs, end = [], 0
+    for draft in drafts:
+        begin, end = end, end + len(draft) + 1
+        runs.append(range(begin, begin + 1 + (_agreed(tokens[begin:end], draft) if draft else 0)))
+    found = _logprobs(rows, places, tokens, runs)
     for state, run in zip(states, runs, strict=True):
-        state.chose([choice.token_id for choice in run])
-    return runs
+        state.chose([tokens[i] for i in run])
+    return [[Choice(tokens[i], *found.get(i, NO_LOGPROBS)) for i in run] for run in runs]
 
 
-def _run(
-    rows: np.ndarray, likeliest: Sequence[int | None], state: SamplingState, draft: list[int]
-) -> list[Choice]:
-    """Choices row by row, up to the first that is not the draft's."""
-    choices: list[Choice] = []
-    for row, largest, expected in zip(rows, likeliest, (*draft, None), strict=True):
-        choices.append(_choice(row, largest, state, draft[: len(choices)]))
-        if choices[-1].token_id != expected:
-            break
-    return choices
+def _agreed(tokens: list[int], draft: list[int]) -> int:
+    """How many tokens of the draft were chosen too, up to the first that was not."""
+    return next((i for i, tried in enumerate(draft) if tokens[i] != tried), len(draft))
 
 
-def _choice(row: np.ndarray, likeliest: int | None, state: SamplingState, ahead: list[int]) -> Choice:
-    params, edited = state.params, row
-    settled = state.generator is None and likeliest is not None and state.lets(likeliest)
-    if state.edits_logits and not settled:
-        edited, likeliest = row.copy(), None
-        state.edit(edited, ahead)
-    if state.generator is not None:
-        token = draw(edited, params, state.uniform(len(ahead)))
-    else:
-        token = int(edited.argmax()) if likeliest is None else likeliest
-    return Choice(token) if params.logprobs is None else Choice(token, *logprobs(row, token, params.logprobs))
+def _tokens(rows: np.ndarray, places: list[Place], likeliest: list[int]) -> list[int]:
+    """The token of every place, chosen as if those of its draft before it were."""
+    tokens = likeliest.copy()
+    edited = [i for i, (state, _) in enumerate(places) if state.edits(likeliest[i])]
+    copies = rows[edited] if edited else rows[:0]
+    for copy, i in zip(copies, edited, strict=True):
+        places[i][0].edit(copy, places[i][1])
+        tokens[i] = int(copy.argmax())
+    drawn = [i for i, (state, _) in enumerate(places) if state.generator is not None]
+    _draw(copies, [(n, i) for n, i in enumerate(edited) if i in drawn], places, tokens)
+    _draw(rows, [(i, i) for i in drawn if i not in edited], places, tokens)
+    return tokens
 
 
-def logprobs(row: np.ndarray, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """Log-probabilities in float32 logits ``row`` [V]: of ``token``, and of the ``count`` likeliest."""
-    raw = torch.from_numpy(row).log_softmax(-1)
-    values, indices = raw.topk(min(count, len(row)))
-    return raw[token].item(), list(zip(indices.tolist(), values.tolist(), strict=True))
+def _draw(rows: np.ndarray, drawn: list[tuple[int, int]], places: list[Place], tokens: list[int]) -> None:
+    """What is drawn from a row for a place, of ``drawn``, is put in place of the likeliest."""
+    if not drawn:
+        return
+    draws = []
+    for n, i in drawn:
+        state, ahead = places[i]
+        draws.append(Draw(n, tokens[i], state.uniform(len(ahead)), *state.filters))
+    for (_, i), token in zip(drawn, draw_all(rows, draws), strict=True):
+        tokens[i] = token
+
+
+def _logprobs(
+    rows: np.ndarray, places: list[Place], tokens: list[int], runs: list[range]
+) -> dict[int, Logprobs]:
+    """Those of the raw logits, for the places in ``runs`` that asked for them."""
+    counts = [(i, places[i][0].params.logprobs) for run in runs for i in run]
+    asked = [Asked(i, tokens[i], count) for i, count in counts if count is not None]
+    return {one.row: found for one, found in zip(asked, logprobs_all(rows, asked), strict=True)}

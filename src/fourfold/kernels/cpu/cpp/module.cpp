@@ -28,5 +28,6 @@ NB_MODULE(_native, module) {
     module.def("expect_contention", &fourfold::expect_contention, "expected"_a);
     fourfold::bind_packed(module);
     fourfold::bind_column_rounding(module);
+    fourfold::bind_drawing(module);
     fourfold::bind_program(module);
 }

@@ -26,10 +26,8 @@ inline std::uint32_t to_bits(float value) {
     return bits;
 }
 
-// e^x to within 2 ulp for x in [-87, 88], clamped outside: 2^n times a polynomial for 2^f, |f| <= 1/2.
-inline __attribute__((always_inline)) float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+// e^x to within 2 ulp for x in [-87, 88]: 2^n times a polynomial for 2^f, |f| <= 1/2.
+inline __attribute__((always_inline)) float exponential_inside(float x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     const float shifted = x * 1.44269504f + magic;
     const float n = shifted - magic;
@@ -42,6 +40,12 @@ inline __attribute__((always_inline)) float exponential(float x) {
     p = p * f + 1.0f;
     p = p * f + 1.0f;
     return from_bits(to_bits(p) + (to_bits(shifted) << 23));
+}
+
+inline __attribute__((always_inline)) float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    return exponential_inside(x);
 }
 
 inline __attribute__((always_inline)) float silu(float x) { return x / (1.0f + exponential(-x)); }
@@ -114,6 +118,19 @@ FOURFOLD_CLONES float dot_row(const float* a, const float* b, std::int64_t n) {
 
 FOURFOLD_CLONES void scale_row(float factor, std::int64_t n, float* x) {
     for (std::int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+FOURFOLD_CLONES Weighed weigh_row(const float* x, float largest, float factor, std::int64_t n, float* out) {
+    float sum = 0.0f, most = 0.0f;
+#pragma omp simd reduction(+ : sum) reduction(max : most)
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float power = (x[i] - largest) * factor;
+        const float weight = power < -87.0f ? 0.0f : exponential_inside(power);
+        out[i] = weight;
+        sum += weight;
+        most = weight > most ? weight : most;
+    }
+    return {sum, most};
 }
 
 FOURFOLD_CLONES void widen_row(const std::uint16_t* bf16, std::int64_t n, float* out) {

@@ -24,6 +24,11 @@ void add_row(const float* x, std::int64_t n, float* sum);
 void add_scaled_row(float factor, const float* x, std::int64_t n, float* sum);
 void cap_row(float cap, std::int64_t n, float* x);  // x = cap tanh(x / cap)
 void scale_row(float factor, std::int64_t n, float* x);
+// out = e^((x - largest) factor), 0 below e^-87. Returns the sum and the largest of out.
+struct Weighed {
+    float sum, largest;
+};
+Weighed weigh_row(const float* x, float largest, float factor, std::int64_t n, float* out);
 void widen_row(const std::uint16_t* bf16, std::int64_t n, float* out);
 // The largest value's place, the first of several; a NaN counts as largest, as in torch.
 std::int64_t argmax_row(const float* x, std::int64_t n);
