@@ -22,7 +22,7 @@ Logprobs = tuple[float, list[tuple[int, float]]]
 
 
 class Draw(NamedTuple):
-    """A token to be drawn by ``uniform``, from 0 to below 1, from a ``row`` that has ``likeliest`` as argmax."""
+    """A token to be drawn from a ``row`` with argmax ``likeliest`` by ``uniform``, from 0 to below 1."""
 
     row: int
     likeliest: int

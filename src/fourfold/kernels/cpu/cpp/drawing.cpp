@@ -4,8 +4,6 @@
 #include <cstring>
 #include <functional>
 
-#include "row_math.h"
-
 namespace fourfold {
 namespace {
 
@@ -41,25 +39,35 @@ float next_floor(float floor) { return floor > kLowestFloor ? floor / 100.0f : 0
 }  // namespace
 
 void Weights::of(const float* row, std::int64_t n, std::int64_t likeliest, float temperature) {
-    const auto blocks = static_cast<std::size_t>((n + kBlock - 1) / kBlock);
+    row_ = row;
     n_ = n;
+    shift_ = row[likeliest];
+    factor_ = 1.0f / temperature;
+    weights_.resize(static_cast<std::size_t>(std::max(n, kBlock)));
+}
+
+Weighed Weights::weigh(std::int64_t block, float* out) const {
+    return weigh_row(row_ + block * kBlock, shift_, factor_, std::min(kBlock, n_ - block * kBlock), out);
+}
+
+void Weights::weigh_all(bool stay) {
+    const std::int64_t blocks = (n_ + kBlock - 1) / kBlock;
     total_ = 0.0;
-    weights_.resize(static_cast<std::size_t>(n));
-    sums_.resize(blocks);
-    largest_.resize(blocks);
-    for (std::size_t b = 0; b < blocks; ++b) {
-        const auto begin = static_cast<std::int64_t>(b) * kBlock;
-        const Weighed found =
-            weigh_row(row + begin, row[likeliest], 1.0f / temperature, std::min(kBlock, n - begin), &weights_[b * kBlock]);
-        sums_[b] = found.sum;
-        largest_[b] = found.largest;
+    sums_.resize(static_cast<std::size_t>(blocks));
+    largest_.resize(static_cast<std::size_t>(blocks));
+    for (std::int64_t b = 0; b < blocks; ++b) {
+        const Weighed found = weigh(b, weights_.data() + (stay ? b * kBlock : 0));
+        sums_[static_cast<std::size_t>(b)] = found.sum;
+        largest_[static_cast<std::size_t>(b)] = found.largest;
         total_ += found.sum;
     }
 }
 
 std::int64_t Weights::draw(const Filters& filters, double uniform) {
     const bool fewer = filters.top_k > 0 && filters.top_k < n_;
-    if (!fewer && filters.top_p >= 1.0 && filters.min_p <= 0.0f) return look_up(uniform);
+    const bool all = !fewer && filters.top_p >= 1.0 && filters.min_p <= 0.0f;
+    weigh_all(!all);
+    if (all) return look_up(uniform);
     double whole = total_;
     if (fewer) {
         collect_count(filters.top_k);
@@ -76,13 +84,13 @@ std::int64_t Weights::draw(const Filters& filters, double uniform) {
     return look_up_kept(uniform);
 }
 
-std::vector<std::int32_t> Weights::likeliest(const float* row, std::int64_t count) {
+std::vector<std::int32_t> Weights::likeliest(std::int64_t count) {
     count = std::min(count, n_);
     collect_count(count);
     std::vector<std::int32_t> tokens;
     for (const Key* key = candidates_.data(); key != end_; ++key) tokens.push_back(token_of(*key));
     // by logits: the lightest all weigh 0
-    std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), [row](std::int32_t a, std::int32_t b) {
+    std::partial_sort(tokens.begin(), tokens.begin() + count, tokens.end(), [row = row_](std::int32_t a, std::int32_t b) {
         return row[a] > row[b] || (row[a] == row[b] && a < b);
     });
     tokens.resize(static_cast<std::size_t>(count));
@@ -154,23 +162,24 @@ void Weights::keep(Key from) {
 }
 
 // The token at which the running sum of weights exceeds the share `uniform` of the whole: its block, then itself.
-std::int64_t Weights::look_up(double uniform) const {
+std::int64_t Weights::look_up(double uniform) {
     const double target = uniform * total_;
     std::size_t block = 0;
     double before = 0.0;
     while (block + 1 < sums_.size() && before + sums_[block] <= target) before += sums_[block++];
-    const auto begin = weights_.begin() + static_cast<std::int64_t>(block) * kBlock;
-    const auto end = weights_.begin() + std::min(static_cast<std::int64_t>(block + 1) * kBlock, n_);
+    const auto first = static_cast<std::int64_t>(block) * kBlock, count = std::min(kBlock, n_ - first);
+    weigh(static_cast<std::int64_t>(block), weights_.data());
     // the block's sum, added up in another order, may differ in its last bits
     double inner = 0.0, running = 0.0;
-    for (auto weight = begin; weight != end; ++weight) inner += *weight;
+    for (std::int64_t i = 0; i < count; ++i) inner += weights_[static_cast<std::size_t>(i)];
     const double share = (target - before) / sums_[block] * inner;
-    auto at = begin;
-    for (auto weight = begin; weight != end && running <= share; ++weight) {
-        if (*weight > 0.0f) at = weight;
-        running += *weight;
+    std::int64_t drawn = 0;
+    for (std::int64_t i = 0; i < count && running <= share; ++i) {
+        const float weight = weights_[static_cast<std::size_t>(i)];
+        if (weight > 0.0f) drawn = i;
+        running += weight;
     }
-    return at - weights_.begin();
+    return first + drawn;
 }
 
 std::int64_t Weights::look_up_kept(double uniform) const {

@@ -3,8 +3,9 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
+
+#include "row_math.h"
 
 namespace fourfold {
 
@@ -26,15 +27,21 @@ public:
     // The token that `uniform`, from 0 to below 1, stands for among those that are kept.
     std::int64_t draw(const Filters& filters, double uniform);
 
-    double total() const { return total_; }
+    // What all weigh together.
+    double total() {
+        weigh_all(true);
+        return total_;
+    }
 
-    // The tokens of the `count` largest of `row`, largest first, and of equal ones the first first.
-    std::vector<std::int32_t> likeliest(const float* row, std::int64_t count);
+    // The tokens of the `count` largest, largest first, and of equal ones the first first; after total().
+    std::vector<std::int32_t> likeliest(std::int64_t count);
 
 private:
     // A weight's bits, which are in the order of weights, above its token's complement: the larger comes first.
     using Key = std::uint64_t;
 
+    Weighed weigh(std::int64_t block, float* out) const;
+    void weigh_all(bool stay);
     void collect(float floor);
     void collect_count(std::int64_t count);
     void collect_sum(double enough);
@@ -42,12 +49,15 @@ private:
     Key last_below(double enough);
     void keep(Key from);
     double kept_sum() const;
-    std::int64_t look_up(double uniform) const;
+    std::int64_t look_up(double uniform);
     std::int64_t look_up_kept(double uniform) const;
 
+    const float* row_ = nullptr;
     std::int64_t n_ = 0;
+    float shift_ = 0.0f, factor_ = 0.0f;
     double total_ = 0.0;
-    std::vector<float> weights_, sums_, largest_;  // of tokens, and of blocks of them
+    std::vector<float> weights_;         // of all tokens if they were to stay, else of the last block looked at
+    std::vector<float> sums_, largest_;  // of blocks
     std::vector<Key> candidates_, order_;          // in the order of tokens; memory to order them in
     Key* end_ = nullptr;                           // of the candidates
 };

@@ -55,7 +55,7 @@ Logprobs logprobs_one(const Row& row, const Asked& asked) {
     const double whole = broken ? NAN : row.logits[largest] + std::log(weights.total());
     Logprobs found{row.logits[token] - whole, {}};
     if (broken) return found;
-    for (const std::int32_t likely : weights.likeliest(row.logits, count))
+    for (const std::int32_t likely : weights.likeliest(count))
         found.second.emplace_back(likely, row.logits[likely] - whole);
     return found;
 }
