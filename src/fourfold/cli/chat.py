@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold.cli.imports import importing
 from fourfold.cli.speculation import ALONE
+from fourfold.core.imports import importing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -5,6 +5,7 @@ Verb modules import their rooms inside the function, so that ``fourfold --help``
 """
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ def main() -> None:
     """Run the command line; never a traceback for a FourfoldError, a failing disk, or Ctrl-C."""
     # libgomp reads this when torch is imported; by itself it spins for long on a core that our threads need
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    gc.freeze()  # so that what is imported from here on is frozen too: see fourfold.core.imports
     try:
         app()
     except FourfoldError as error:

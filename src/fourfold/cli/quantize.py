@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fourfold.core.imports import importing
+
 if TYPE_CHECKING:
     from fourfold.cli.calibration import Asked
     from fourfold.cli.records import QuantizationRecord
@@ -62,9 +64,11 @@ def quantize(
 
     Example: `fourfold quantize my-model my-model-mxfp4 --recipe mxfp4`
     """
-    from fourfold.cli.calibration import Asked
-    from fourfold.cli.output import check_json_path, write_json
-    from fourfold.cli.plan_table import show_plan
+    with importing():
+        import fourfold.compress  # noqa: F401 -- and torch
+        from fourfold.cli.calibration import Asked
+        from fourfold.cli.output import check_json_path, write_json
+        from fourfold.cli.plan_table import show_plan
 
     check_json_path(json)
     asked = Asked(calibration, samples, sequence_tokens, seed)

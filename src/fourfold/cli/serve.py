@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.arithmetic import ArithmeticOption
-from fourfold.cli.imports import importing
 from fourfold.cli.kv_cache import KVCacheOption, check_kv_cache
 from fourfold.cli.speculation import SpeculativeTokensOption
+from fourfold.core.imports import importing
 
 
 def serve(

@@ -8,10 +8,12 @@ from torch import nn
 
 from fourfold.checkpoint.dialect import TOWER
 from fourfold.core.errors import FourfoldError
+from fourfold.core.imports import importing
 
 NUMBERED = re.compile(r"(^|\.)(layers|h|blocks)$")
 
 
+@importing()
 def build(config: dict[str, Any]) -> nn.Module:
     """transformers' causal language model of ``config``, or the multimodal one around it, on the meta device.
 
