@@ -35,7 +35,7 @@ def in_dtype(folder, name):
 
 
 def error(ours, exact):
-    """Root mean square difference of a position's logits, as a share of how much they vary: the median one."""
+    """Root mean square difference of a position's logits over how much they vary: the median one."""
     return float(np.median(np.sqrt(np.mean((ours - exact) ** 2, -1)) / exact.std()))
 
 

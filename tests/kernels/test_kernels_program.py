@@ -138,7 +138,7 @@ def test_a_mixture_of_experts(rows, among_chosen):
     down = [weight(WIDTH, 32, 10 + i) for i in range(5)]
     mixture = Mixture(
         (norm * WIDTH**0.5, WIDTH * 1e-5), router, bias, [w for w, _ in gate_up], [w for w, _ in down],
-        32, 2, among_chosen, Gate("silu", 1.0, 0.0), "exact",
+        32, 2, among_chosen, Gate("silu", 1.0, 0.0), ("exact", "exact"),
     )  # fmt: skip
     states, out = p.buffer(WIDTH), p.buffer(WIDTH)
     p.mixture(states, mixture, out, accumulate=False)

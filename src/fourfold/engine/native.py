@@ -4,7 +4,8 @@
 torch. ``compile`` reads and packs the weights of others one by one, letting go of each as it is packed, so
 that no more than one is ever held twice; those in the packed cache are not read at all. States are float32
 between the linear layers, whose inputs are rounded to int8 in blocks of 32 (arithmetic ``int8``) or to
-bfloat16 (``exact``). Matrices without blocks become bfloat16, whatever the checkpoint has; norms, biases and
+bfloat16 (``exact``), after the checkpoint's own scheme has turned and rounded them; int8 takes the place of
+other 8-bit formats. Matrices without blocks become bfloat16, whatever the checkpoint has; norms, biases and
 routers stay float32. A result depends neither on what is beside it in the batch nor on the threads.
 """
 
@@ -12,6 +13,7 @@ from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -23,12 +25,13 @@ from fourfold.engine.kv_cache import KVCache
 from fourfold.engine.kv_format import AsComputed, Fp8, KVFormat
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm
 from fourfold.engine.packed_cache import PackedCache
-from fourfold.engine.requests import ArithmeticName, EngineConfig
+from fourfold.engine.requests import EngineConfig
 from fourfold.engine.scheduler import Chunk
+from fourfold.engine.weights import same_rotation
 from fourfold.formats import BlockTensor
 from fourfold.kernels import Weight, native_available, native_problem
 from fourfold.kernels.cpu.packed import TILE_ROWS, PackedWeight
-from fourfold.kernels.cpu.program import Buffer, Gate, Mixture, Norm, Program
+from fourfold.kernels.cpu.program import Buffer, Gate, InputScheme, Mixture, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
 
 HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
@@ -45,6 +48,7 @@ class NativeDecoder:
     ):
         shape = model.shape
         self.arithmetic, self.form, self.block_size = arithmetic, form, config.kv_block_size
+        self.asked = config.arithmetic
         self.layers, self.kv_heads = shape.layers, shape.kv_heads
         self._cache: KVCache | None = None
         widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
@@ -156,7 +160,7 @@ class _Recording:
 
     def record(self) -> None:
         model, program = self.model, self.program
-        inputs = self.inputs(model.head)
+        arithmetic, scheme = self.arithmetic_of(model.head), self.scheme(model.head)
         table = None if model.tied else model.embedding
         head = self.pack(model.head)
         program.embed(head if table is None else table, model.embedding_scale, self.x)
@@ -167,13 +171,12 @@ class _Recording:
             self.attention(layer, index)
             self.mlp(layer)
         self.target.marks.append(len(program))
-        program.prepared(self.x, inputs, norm_of(model.norm), chosen=True)
-        program.head(head, self.arithmetic_of(head), model.logit_softcap or 0.0)
+        program.prepared(self.x, {arithmetic}, norm_of(model.norm), scheme, chosen=True)
+        program.head(head, arithmetic, model.logit_softcap or 0.0)
 
     def attention(self, layer: Layer, index: int) -> None:
         shape, attention, program = self.shape, layer.attention, self.program
-        program.prepared(self.x, self.inputs(attention.qkv), norm_of(layer.attention_norm))
-        self.linear(attention.qkv, self.qkv)
+        self.linear(attention.qkv, self.x, self.qkv, norm_of(layer.attention_norm))
         form, scoring = self.target.form, attention.scoring
         kind, scales = KV_TYPES[form.stored_dtype], None
         if isinstance(form, Fp8) and form.scales is not None:
@@ -189,29 +192,29 @@ class _Recording:
             self.qkv.data, *heads, self.attended.data, index, kind, scales,
             scoring.scale, scoring.softcap or 0.0, scoring.window or 0, sinks, shape.max_positions,
         )  # fmt: skip
-        program.prepared(self.attended, self.inputs(attention.output))
-        self.add(attention.output, layer.attention_post_norm)
+        self.add(attention.output, self.attended, layer.attention_post_norm)
 
     def mlp(self, layer: Layer) -> None:
         mlp, program = layer.mlp, self.program
         if isinstance(mlp, MixtureOfExperts):
             return self.mixture(layer, mlp)
         gate = Gate(mlp.gating.kind, mlp.gating.alpha, mlp.gating.limit)
-        program.prepared(self.x, self.inputs(mlp.gate_up), norm_of(layer.mlp_norm))
+        norm = norm_of(layer.mlp_norm)
         if isinstance(mlp.gate_up, Linear) and self.gated.columns % TILE_ROWS == 0:
-            packed = self.pack(mlp.gate_up)
-            program.gated_linear(packed, self.arithmetic_of(packed), gate, self.gated)
+            arithmetic = self.prepare([mlp.gate_up], self.x, norm)[0]
+            program.gated_linear(self.pack(mlp.gate_up), arithmetic, gate, self.gated)
         else:
             self.gate_up = self.gate_up or program.buffer(2 * self.gated.columns)
-            self.linear(mlp.gate_up, self.gate_up)
+            self.linear(mlp.gate_up, self.x, self.gate_up, norm)
             program.gated(self.gate_up, gate, self.gated)
-        program.prepared(self.gated, self.inputs(mlp.down))
-        self.add(mlp.down, layer.mlp_post_norm)
+        self.add(mlp.down, self.gated, layer.mlp_post_norm)
 
     def mixture(self, layer: Layer, mlp: MixtureOfExperts) -> None:
         first = mlp.experts[0]
         gating, width = first.gating, first.down.shape[1]
-        arithmetic = self.arithmetic if in_blocks(first.down) else "exact"
+        both = parts_of(first.gate_up)[0], first.down
+        arithmetic = self.arithmetic_of(both[0]), self.arithmetic_of(both[1])
+        schemes = self.scheme(both[0]), self.scheme(both[1])
         router = mlp.router.weight
         assert isinstance(router, Tensor)
         mixture = Mixture(
@@ -219,7 +222,7 @@ class _Recording:
             [self.pack(part) for expert in mlp.experts for part in parts_of(expert.gate_up)],
             [self.pack(expert.down) for expert in mlp.experts],
             width, mlp.top_k, mlp.among_chosen,
-            Gate(gating.kind, gating.alpha, gating.limit), arithmetic,
+            Gate(gating.kind, gating.alpha, gating.limit), arithmetic, schemes,
         )  # fmt: skip
         if layer.mlp_post_norm is None:
             return self.program.mixture(self.x, mixture, self.x, accumulate=True)
@@ -227,20 +230,36 @@ class _Recording:
         self.program.mixture(self.x, mixture, self.added, accumulate=False)
         self.program.add_normed(self.added, norm_of(layer.mlp_post_norm), self.x)
 
-    def add(self, linear: Linear, norm: RMSNorm | None) -> None:
-        """What ``linear`` makes, perhaps normed, is added to the states."""
+    def add(self, linear: Linear, x: Buffer, norm: RMSNorm | None) -> None:
+        """What ``linear`` makes of ``x``, perhaps normed, is added to the states."""
         if norm is None:
-            return self.linear(linear, self.x, accumulate=True)
+            return self.linear(linear, x, self.x, accumulate=True)
         self.added = self.added or self.program.buffer(self.shape.hidden)
-        self.linear(linear, self.added)
+        self.linear(linear, x, self.added)
         self.program.add_normed(self.added, norm_of(norm), self.x)
 
-    def linear(self, linear: Linear | FusedLinear, out: Buffer, accumulate: bool = False) -> None:
+    def linear(
+        self,
+        linear: Linear | FusedLinear,
+        x: Buffer,
+        out: Buffer,
+        norm: Norm | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """``out`` = (or +=) what ``linear`` makes of ``x``, perhaps normed."""
         column = 0
-        for part in parts_of(linear):
-            packed = self.pack(part)
-            self.program.linear(packed, self.arithmetic_of(packed), out, column, accumulate)
-            column += packed.n
+        for _, alike in groupby(parts_of(linear), lambda part: (id(part.rotation), part.activation)):
+            parts = list(alike)
+            for part, arithmetic in zip(parts, self.prepare(parts, x, norm), strict=True):
+                packed = self.pack(part)
+                self.program.linear(packed, arithmetic, out, column, accumulate)
+                column += packed.n
+
+    def prepare(self, parts: Seq[Linear], x: Buffer, norm: Norm | None) -> list[str]:
+        """``x``, perhaps normed, as ``parts``, whose scheme is one, take it. Returns their arithmetics."""
+        arithmetics = [self.arithmetic_of(part) for part in parts]
+        self.program.prepared(x, arithmetics, norm, self.scheme(parts[0]))
+        return arithmetics
 
     def pack(self, linear: Linear) -> PackedWeight:
         """The packed weight of ``linear``, whose own is let go."""
@@ -256,11 +275,15 @@ class _Recording:
         self.target.packed_bytes += packed.data.nbytes
         return packed if linear.bias is None else replace(packed, bias=linear.bias.float().contiguous())
 
-    def inputs(self, linear: Linear | FusedLinear) -> set[str]:
-        return {self.arithmetic if in_blocks(part) else "exact" for part in parts_of(linear)}
+    def arithmetic_of(self, linear: Linear) -> str:
+        """Of a layer that is not packed yet. Where nothing is asked for, int8 moves no value of a format."""
+        moved = linear.activation not in NEAR_INT8 and self.target.asked == "auto"
+        return "exact" if moved or not in_blocks(linear) else self.arithmetic
 
-    def arithmetic_of(self, packed: PackedWeight) -> str:
-        return "exact" if packed.kind == "bf16" else self.arithmetic
+    def scheme(self, linear: Linear) -> InputScheme:
+        """What becomes of the inputs of ``linear`` before its arithmetic rounds them."""
+        near = self.arithmetic == "int8" and linear.activation in NEAR_INT8
+        return InputScheme(linear.rotation, None if near else linear.activation)
 
 
 def compile(
@@ -294,11 +317,11 @@ def obstacle(model: Decoder, form: KVFormat, config: EngineConfig) -> str | None
         else:
             linears += [mlp.gate_up, mlp.down]
         for part in (part for linear in linears for part in parts_of(linear)):
-            if problem := linear_obstacle(part, config.arithmetic):
+            if problem := linear_obstacle(part):
                 return problem
     if model.head.format is not None and not exact_in_bfloat16(model.head.format):
         return f"the head is in {model.head.format}"
-    return inputs_obstacle(model.head, config.arithmetic)
+    return inputs_obstacle(model.head)
 
 
 def mixture_obstacle(mixture: MixtureOfExperts) -> str | None:
@@ -314,22 +337,25 @@ def mixture_obstacle(mixture: MixtureOfExperts) -> str | None:
     fused = all(isinstance(expert.gate_up, Linear) for expert in mixture.experts)
     if len(kinds) > 1 or not fused:
         return "experts are in different formats"
+    first = mixture.experts[0]
+    for expert in mixture.experts[1:]:
+        for one, other in ((first.gate_up, expert.gate_up), (first.down, expert.down)):
+            if not same_inputs(parts_of(one)[0], parts_of(other)[0]):
+                return "experts turn or round their inputs in different ways"
     width = mixture.experts[0].down.shape[1]
     return f"experts are {width} wide, no multiple of {TILE_ROWS}" if width % TILE_ROWS else None
 
 
-def linear_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
-    """Why ``linear`` cannot be computed in ``arithmetic``, or None."""
+def linear_obstacle(linear: Linear) -> str | None:
+    """Why ``linear`` cannot be computed, or None."""
     if linear.format is not None and not in_blocks(linear):
         return f"weights are in {linear.format}"
-    return inputs_obstacle(linear, arithmetic)
+    return inputs_obstacle(linear)
 
 
-def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
+def inputs_obstacle(linear: Linear) -> str | None:
     """Why the inputs of ``linear`` cannot be what they must, or None."""
-    if linear.rotation is not None:
-        return "inputs are rotated"
-    if linear.activation not in ((None,) if arithmetic == "exact" else NEAR_INT8):
+    if linear.activation is not None and not exact_in_bfloat16(linear.activation):
         return f"inputs are rounded to {linear.activation}"
     return None
 
@@ -337,6 +363,11 @@ def inputs_obstacle(linear: Linear, arithmetic: ArithmeticName) -> str | None:
 def in_blocks(linear: Linear) -> bool:
     """Whether the program holds the weight in blocks too; others become bfloat16."""
     return linear.format in PACKED_FORMATS
+
+
+def same_inputs(one: Linear, other: Linear) -> bool:
+    """Whether both make the same of their inputs."""
+    return one.activation == other.activation and same_rotation([one, other])
 
 
 def whole_tiles(pieces: Seq[Linear]) -> bool:

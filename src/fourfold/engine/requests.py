@@ -50,7 +50,7 @@ class EngineConfig(Record):
     arithmetic: ArithmeticName = Field(
         default="auto",
         description="of linear layers; int8: inputs rounded to int8 in blocks of 32, exact: only to dtype; "
-        "auto: int8 where the checkpoint's own rounding of inputs is none, or of 8 bits",
+        "auto: int8 where the checkpoint's own rounding of inputs is none, or of 8 bits, else exact",
     )
     packed_cache: bool = Field(
         default=True, description="keep packed weights on disk beside the checkpoint, for the next start"

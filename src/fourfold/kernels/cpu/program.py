@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fourfold.formats import get_format
 from fourfold.kernels.cpu import native
 from fourfold.kernels.cpu.packed import PackedWeight
 
@@ -20,6 +21,32 @@ LINE = 16  # values
 Norm = tuple[Tensor, float]
 """Weight and floor: x * weight / sqrt(|x|^2 + floor); for an RMS norm, w * sqrt(n) and n * eps."""
 NO_INTEGERS = array("i")
+
+
+class InputScheme(NamedTuple):
+    """What a checkpoint makes of a linear layer's input: x ``rotation`` (float32 [32, 32]) in blocks, then
+    the nearest values of the MX format ``activation``.
+    """
+
+    rotation: Tensor | None = None
+    activation: str | None = None
+
+    def element(self) -> tuple[float, int, int, int] | None:
+        """The format's element as C++ takes it."""
+        if self.activation is None:
+            return None
+        e = get_format(self.activation).element
+        return e.max, e.max_exponent, e.min_exponent, e.mantissa_bits
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What ``x``, float32 [rows, n], becomes, n % 32 == 0."""
+        assert native is not None
+        out = torch.empty_like(x)
+        native.Program.apply_scheme(x, self.rotation, self.element(), out)
+        return out
+
+
+AS_IT_IS = InputScheme()
 
 
 class Buffer(NamedTuple):
@@ -49,7 +76,8 @@ class Mixture(NamedTuple):
     """A mixture of experts: ``top_k`` of them for each row, by ``router`` float32 [experts, columns].
 
     ``gate_up`` [2 width, columns] and ``down`` [columns, width] of every expert are all of one kind.
-    ``among_chosen``: shares are the softmax over the chosen, or else over all.
+    ``among_chosen``: shares are the softmax over the chosen, or else over all. ``schemes`` are of their
+    inputs, the router's is as it is.
     """
 
     norm: Norm
@@ -61,7 +89,8 @@ class Mixture(NamedTuple):
     top_k: int
     among_chosen: bool
     gate: Gate
-    arithmetic: str
+    arithmetic: tuple[str, str]
+    schemes: tuple[InputScheme, InputScheme] = (AS_IT_IS, AS_IT_IS)
 
 
 class Program:
@@ -111,12 +140,22 @@ class Program:
         self.native.angles(speeds.tolist(), scale, out.data)
 
     def prepared(
-        self, x: Buffer, inputs: Iterable[str], norm: Norm | None = None, chosen: bool = False
+        self,
+        x: Buffer,
+        inputs: Iterable[str],
+        norm: Norm | None = None,
+        scheme: InputScheme = AS_IT_IS,
+        chosen: bool = False,
     ) -> None:
         """``x``, perhaps normed, of all rows or the chosen, as the input of linear layers of arithmetics."""
         weight, floor = (None, 0.0) if norm is None else (self.row(norm[0]), norm[1])
         memory = [(name, self._memory[name]) for name in sorted(set(inputs))]
-        self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, chosen=chosen)
+        made = self._scheme(scheme)
+        self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, **made, chosen=chosen)
+
+    def _scheme(self, scheme: InputScheme) -> dict[str, object]:
+        self._kept.append(scheme.rotation)
+        return {"rotation": scheme.rotation, "element": scheme.element()}
 
     def gated(self, x: Buffer, gate: Gate, out: Buffer) -> None:
         """Out = what ``gate`` makes of x [rows, gates, then ups]."""
@@ -144,20 +183,22 @@ class Program:
 
     def mixture(self, x: Buffer, mixture: "Mixture", out: Buffer, accumulate: bool) -> None:
         """``out`` = (or +=) the shares of each row's experts, by a float32 router over the normed ``x``."""
-        m, arithmetic, native = mixture, mixture.arithmetic, self.native
+        m, native, (first, second) = mixture, self.native, mixture.arithmetic
         slots, narrow = self._mixture_buffers(x.columns, m)
-        normed, prepared = slots["normed"], (arithmetic, self._memory[arithmetic])
+        normed, prepared = slots["normed"], (first, self._memory[first])
+        norm, made = self.row(m.norm[0]), self._scheme(m.schemes[0])
         native.rows(
-            x.data, x.columns, norm=self.row(m.norm[0]), floor=m.norm[1], prepared=[prepared], out=normed.data
+            x.data, x.columns, norm=norm, floor=m.norm[1], prepared=[prepared], out=normed.data, **made
         )
         bias = None if m.router_bias is None else self.row(m.router_bias)
         router = self.keep(m.router.float().contiguous())
         native.route(normed.data, x.columns, router, bias, m.top_k, m.among_chosen)
-        gathered = (arithmetic, narrow)
+        gathered, again = (first, narrow), (second, narrow)
         native.gather(prepared, gathered, x.columns)
         native.experts(m.gate_up, gathered, slots["gated"].data, *m.gate)
-        native.rows(slots["gated"].data, m.width, prepared=[gathered], each=m.top_k)
-        native.experts(m.down, gathered, slots["made"].data, "", 0.0, 0.0)
+        made = self._scheme(m.schemes[1])
+        native.rows(slots["gated"].data, m.width, prepared=[again], each=m.top_k, **made)
+        native.experts(m.down, again, slots["made"].data, "", 0.0, 0.0)
         native.combine(slots["made"].data, x.columns, out.data, accumulate)
         self._kept += [m.gate_up, m.down]
 
@@ -166,7 +207,8 @@ class Program:
         key = (columns, m.width, m.top_k, m.arithmetic)
         if key not in self._mixtures:
             slots = self.rows * m.top_k
-            memory = self.native.prepared_bytes(m.arithmetic, slots, max(columns, m.width))
+            widest = max(columns, m.width)
+            memory = max(self.native.prepared_bytes(name, slots, widest) for name in m.arithmetic)
             buffers = {
                 "normed": self.buffer(columns),
                 "gated": self.buffer(m.width, rows=slots),

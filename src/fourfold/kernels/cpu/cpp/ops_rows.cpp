@@ -41,7 +41,7 @@ void Angles::rows(const Step& step, std::int64_t begin, std::int64_t end, void*)
 }
 
 RowPathOp::RowPathOp(RowPath path)
-    : RowOp(cost(path.n, 4 + 6 * path.gated), path.head, path.each), path_(std::move(path)) {}
+    : RowOp(cost(path.n, 4 + 6 * path.gated + 12 * path.scheme.any()), path.head, path.each), path_(std::move(path)) {}
 
 void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -49,6 +49,10 @@ void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, voi
         float* made = path_.out.data && !path_.add ? path_.out.row(i) : static_cast<float*>(scratch);
         if (path_.gated) gate_row(path_.gate, x, x + path_.n, path_.n, made), x = made;
         if (path_.norm) norm_row(x, path_.norm, path_.floor, path_.n, made), x = made;
+        if (path_.scheme.any()) {
+            apply_scheme(path_.scheme, x, path_.n, static_cast<float*>(scratch));
+            x = static_cast<const float*>(scratch);
+        }
         for (const Prepared& prepared : path_.prepared) prepared.fill(x, i);
         if (path_.add) add_row(x, path_.n, path_.out.row(i));
     }

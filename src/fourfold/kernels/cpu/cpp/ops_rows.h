@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "input_math.h"
 #include "op.h"
 #include "packed.h"
 #include "row_math.h"
@@ -58,6 +59,7 @@ struct RowPath {
     float floor = 0.0f;
     bool gated = false;            // x is [2 n]: gate and up
     Gate gate{};
+    InputScheme scheme;            // of what is prepared
     std::vector<Prepared> prepared;
     Rows out{nullptr, 0};
     bool add = false;

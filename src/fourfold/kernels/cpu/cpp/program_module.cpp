@@ -3,10 +3,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -63,6 +65,22 @@ KVType kv_type_of(const std::string& name) {
     throw nb::value_error("a cache is bf16, f32 or fp8");
 }
 
+using Element = std::tuple<float, std::int32_t, std::int32_t, std::int32_t>;  // as MxElement
+
+// What is made of inputs of n values: `rotation` float32 [32, 32] or None, `element` an Element or None.
+InputScheme scheme_of(nb::handle rotation, nb::handle element, std::int64_t n) {
+    InputScheme scheme;
+    scheme.rotation = floats_of(rotation, "rotation", kSchemeBlock, kSchemeBlock);
+    if (scheme.rotation && is_hadamard(scheme.rotation)) scheme.hadamard = scheme.rotation[0];
+    scheme.rounded = !element.is_none();
+    if (scheme.rounded) {
+        const auto [max, max_exponent, min_exponent, mantissa_bits] = nb::cast<Element>(element);
+        scheme.element = {max, max_exponent, min_exponent, mantissa_bits};
+    }
+    if (scheme.any() && n % kSchemeBlock) throw nb::value_error("inputs must be whole blocks of 32 values");
+    return scheme;
+}
+
 Activation activation_of(const std::string& name) {
     if (name == "gelu-tanh") return Activation::gelu_tanh;
     return name == "clamped-swish" ? Activation::clamped_swish : Activation::silu;
@@ -100,6 +118,16 @@ public:
         return prepared_bytes(arithmetic == "int8" ? Arithmetic::int8 : Arithmetic::exact, rows, k);
     }
 
+    // At once, a row after the other: for tests.
+    static void apply(nb::handle x, nb::handle rotation, nb::handle element, nb::handle out) {
+        Matrix from(x, "x");
+        const std::int64_t n = from.columns();
+        const float* values = floats_of(x, "x", from.rows(), n);
+        const Rows to = rows_of(out, "out", from.rows(), n);
+        const InputScheme scheme = scheme_of(rotation, element, n);
+        for (std::int64_t i = 0; i < from.rows(); ++i) apply_scheme(scheme, values + i * n, n, to.row(i));
+    }
+
     void embed(nb::handle table, float scale, nb::handle out) {
         Embed::Table from;
         std::int64_t n;
@@ -122,7 +150,8 @@ public:
     }
 
     void rows(nb::handle x, std::int64_t n, nb::handle norm, float floor, const std::string& gate, float alpha, float limit,
-              const std::vector<Memory>& prepared, nb::handle out, bool accumulate, bool chosen, std::int64_t each) {
+              const std::vector<Memory>& prepared, nb::handle rotation, nb::handle element, nb::handle out, bool accumulate,
+              bool chosen, std::int64_t each) {
         const std::int64_t rows = (chosen ? chosen_ : rows_) * each;
         RowPath path;
         path.n = n;
@@ -132,6 +161,8 @@ public:
         path.x = rows_of(x, "x", rows_ * each, path.gated ? 2 * n : n);
         path.norm = floats_of(norm, "norm", 1, n);
         path.floor = floor;
+        path.scheme = scheme_of(rotation, element, n);
+        if (path.scheme.any() && accumulate) throw nb::value_error("only prepared inputs have a scheme");
         for (const Memory& memory : prepared) path.prepared.push_back(prepared_of(memory, rows, n));
         if (!out.is_none()) path.out = rows_of(out, "out", rows, n);
         path.add = accumulate;
@@ -283,11 +314,12 @@ void bind_program(nb::module_& module) {
     nb::class_<Recorder>(module, "Program")
         .def(nb::init<std::int64_t, std::int64_t, std::int64_t>(), "most_rows"_a, "most_chosen"_a, "vocabulary"_a)
         .def("__len__", &Recorder::size)
+        .def_static("apply_scheme", &Recorder::apply, "x"_a, "rotation"_a.none(), "element"_a.none(), "out"_a)
         .def_static("prepared_bytes", &Recorder::prepared_size, "arithmetic"_a, "rows"_a, "k"_a)
         .def("embed", &Recorder::embed, "table"_a, "scale"_a, "out"_a)
         .def("angles", &Recorder::angles, "speeds"_a, "scale"_a, "out"_a)
         .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "kind"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
-             "prepared"_a = std::vector<Memory>(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false,
+             "prepared"_a = std::vector<Memory>(), "rotation"_a.none() = nb::none(), "element"_a.none() = nb::none(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false,
              "each"_a = 1)
         .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
         .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
