@@ -13,7 +13,7 @@ import torch
 from kernel_helpers import random_weight, random_x
 
 from fourfold.kernels import set_threads, threads
-from fourfold.kernels.cpu import native
+from fourfold.kernels.cpu import native, share_openmp_threads
 from fourfold.kernels.cpu.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
@@ -28,28 +28,31 @@ def same_threads_afterwards():
     before = threads()
     yield
     native.expect_contention(False)
+    share_openmp_threads(False)
     set_threads(before)
 
 
-@pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
+@pytest.mark.parametrize("way", ["quiet", "contended", "openmp"])
 @pytest.mark.parametrize("m", [1, 5])
-def test_any_number_of_threads_gives_the_same_bits(m, contended):
+def test_any_number_of_threads_gives_the_same_bits(m, way):
     w, x = weight(1501, 576), random_x(m, 576, torch.bfloat16)
     results = []
+    share_openmp_threads(way == "openmp")
     for count in (1, 2, 3, 5):
         set_threads(count)
         assert threads() == count
-        native.expect_contention(contended and count > 1)
+        native.expect_contention(way == "contended" and count > 1)
         results += [w.linear(x, "exact") for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("contended", [False, True], ids=["quiet", "contended"])
-def test_callers_in_several_python_threads(contended):
+@pytest.mark.parametrize("way", ["quiet", "contended", "openmp"])
+def test_callers_in_several_python_threads(way):
+    share_openmp_threads(way == "openmp")
     set_threads(3)
     cases = [(weight(700 + i, 576, i), random_x(2 + i, 576, torch.bfloat16, seed=i)) for i in range(4)]
     expected = [w.linear(x) for w, x in cases]
-    native.expect_contention(contended)
+    native.expect_contention(way == "contended")
     wrong: list[int] = []
 
     def call(i: int) -> None:

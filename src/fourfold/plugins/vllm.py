@@ -5,13 +5,14 @@
 vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``), finds the class
 by its platform and kernel type, and asks it what it can do. Nothing here imports vLLM but ``register``, so
 all of it can be tried without it. The layer's checkpoint tensors are replaced by their packed tiles when a
-model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``.
+model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``. It is
+computed by vLLM's own OpenMP threads: bound to cores, these spin between their uses, and others would get half
+of each core.
 
 vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 or leaves them
 (compressed-tensors W4A16 comes with the key of W4A4); like its Marlin kernel on a GPU this one multiplies
 weights only, and says so."""
 
-import os
 from functools import cache
 from typing import Any
 
@@ -20,9 +21,8 @@ from torch.nn import Parameter
 
 from fourfold.formats import BlockTensor
 from fourfold.kernels import native_available, native_problem, set_threads
+from fourfold.kernels.cpu import native, share_openmp_threads
 from fourfold.kernels.cpu.packed import PackedWeight
-
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 library = torch.library.Library("fourfold", "FRAGMENT")
 library.define("mxfp4_linear(Tensor x, Tensor tiles, int n) -> Tensor")
@@ -31,7 +31,14 @@ library.define("mxfp4_linear(Tensor x, Tensor tiles, int n) -> Tensor")
 @torch.library.impl(library, "mxfp4_linear", "CPU")
 def mxfp4_linear(x: torch.Tensor, tiles: torch.Tensor, n: int) -> torch.Tensor:
     """``x`` [..., K] times the packed weight [N, K] transposed, in the dtype of ``x``."""
-    return PackedWeight("mxfp4", n, x.shape[-1], tiles).linear(x)
+    if x.dtype != torch.bfloat16 or native is None:
+        return PackedWeight("mxfp4", n, x.shape[-1], tiles).linear(x)
+    out = x.new_empty(*x.shape[:-1], n)  # in one call: each of torch's own costs as much as a small layer
+    if x.ndim == 2 and x.is_contiguous():
+        native.packed_linear_bf16(x, tiles, out)
+    else:
+        native.packed_linear_bf16(x.reshape(-1, x.shape[-1]).contiguous(), tiles, out.view(-1, n))
+    return out
 
 
 @torch.library.register_fake("fourfold::mxfp4_linear", lib=library)
@@ -74,19 +81,9 @@ class FourfoldMxFp4LinearKernel:
 
 @cache
 def share_threads() -> None:
-    """Start as many threads as torch has, free to run on the cores that this process had when it began.
-
-    vLLM binds its threads to one core each, and a thread inherits the cores of the one that starts it.
-    """
-    bound = None if CORES is None else os.sched_getaffinity(0)
-    if CORES is not None:
-        os.sched_setaffinity(0, CORES)
-    try:
-        set_threads(torch.get_num_threads())
-        PackedWeight.pack(torch.zeros(64, 32)).linear(torch.zeros(1, 32), "exact")  # threads start when used
-    finally:
-        if bound is not None:
-            os.sched_setaffinity(0, bound)
+    """Compute with the threads that torch has, which vLLM binds to one core each."""
+    share_openmp_threads()
+    set_threads(torch.get_num_threads())
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ The extension picks its instruction set when it runs, from the processor's own a
 or cannot be loaded, ``native`` is None, ``native_problem()`` says why, and callers use torch.
 """
 
+import ctypes
 from types import ModuleType
 
 native: ModuleType | None
@@ -33,6 +34,21 @@ def cpu_features() -> dict[str, bool]:
 def threads() -> int:
     """Threads that the C++ kernels use, the caller's included; 1 without the extension."""
     return 1 if native is None else native.threads()
+
+
+def share_openmp_threads(share: bool = True) -> bool:
+    """Compute with the threads of the process's OpenMP (torch's) instead of own ones. Whether it has one.
+
+    OpenMP's threads spin for milliseconds after each use, where they are bound to cores on these, so that own
+    threads would get half of a core beside them.
+    """
+    if native is None:
+        return False
+    parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if parallel is None:
+        return False
+    native.use_team(ctypes.cast(parallel, ctypes.c_void_p).value if share else 0)
+    return share
 
 
 def set_threads(count: int) -> None:

@@ -16,6 +16,12 @@ void set_thread_count(int count) {
     set_threads(count);
 }
 
+// The address of GOMP_parallel, or 0.
+void use_team_at(std::uintptr_t address) {
+    nb::gil_scoped_release unlocked;
+    use_team(reinterpret_cast<Team>(address));
+}
+
 }  // namespace
 }  // namespace fourfold
 
@@ -25,8 +31,10 @@ NB_MODULE(_native, module) {
     fourfold::bind_attention(module);
     module.def("threads", &fourfold::threads);
     module.def("set_threads", &fourfold::set_thread_count, "count"_a);
+    module.def("use_team", &fourfold::use_team_at, "address"_a);
     module.def("expect_contention", &fourfold::expect_contention, "expected"_a);
     fourfold::bind_packed(module);
+    fourfold::bind_packed_bf16(module);
     fourfold::bind_column_rounding(module);
     fourfold::bind_drawing(module);
     fourfold::bind_program(module);

@@ -138,6 +138,14 @@ FOURFOLD_CLONES void widen_row(const std::uint16_t* bf16, std::int64_t n, float*
     for (std::int64_t i = 0; i < n; ++i) out[i] = from_bits(static_cast<std::uint32_t>(bf16[i]) << 16);
 }
 
+FOURFOLD_CLONES void narrow_row(const float* x, std::int64_t n, std::uint16_t* bf16) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::uint32_t bits = to_bits(x[i]), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+        bf16[i] = static_cast<std::uint16_t>((x[i] != x[i] ? bits | 0x400000u : rounded) >> 16);
+    }
+}
+
 FOURFOLD_CLONES std::int64_t argmax_row(const float* x, std::int64_t n) {
     constexpr std::int64_t kTogether = 512;  // only where the largest is, are single values looked at
     float largest = -INFINITY;

@@ -30,6 +30,7 @@ struct Weighed {
 };
 Weighed weigh_row(const float* x, float largest, float factor, std::int64_t n, float* out);
 void widen_row(const std::uint16_t* bf16, std::int64_t n, float* out);
+void narrow_row(const float* x, std::int64_t n, std::uint16_t* bf16);  // to nearest, ties to even
 // The largest value's place, the first of several; a NaN counts as largest, as in torch.
 std::int64_t argmax_row(const float* x, std::int64_t n);
 

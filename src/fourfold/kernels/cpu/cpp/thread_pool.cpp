@@ -70,6 +70,7 @@ void walk_alone(Walk& walk, std::int64_t begin, std::int64_t end) {
 }
 
 thread_local Turns t_turns;
+std::atomic<Team> g_team{nullptr};
 
 class ThreadPool {
 public:
@@ -83,9 +84,11 @@ public:
 
     void run(Walk& walk, std::int64_t begin, std::int64_t end) {
         std::unique_lock<std::mutex> walking(walking_, std::try_to_lock);
-        if (!walking.owns_lock() || workers_.empty()) return walk_alone(walk, begin, end);
+        const Team team = g_team.load();
+        if (!walking.owns_lock() || (workers_.empty() && !team)) return walk_alone(walk, begin, end);
         walk_ = &walk;
         end_ = end;
+        if (team) return run_in_team(team, begin);
         contention_.start();
         open_next(begin, 0);
         for (Ticket seen = look(); seen.chunks() != 0; seen = look()) {
@@ -102,7 +105,24 @@ public:
     }
 
 private:
+    // Its threads come and go by themselves: to be called costs them as much as to find nothing left.
+    void run_in_team(Team team, std::int64_t begin) {
+        open_next(begin, 0);
+        if (look().chunks() == 0) return;
+        members_.store(0);
+        team([](void* pool) { static_cast<ThreadPool*>(pool)->take_part(); }, this, static_cast<unsigned>(threads()), 0);
+    }
+
+    void take_part() {
+        const int thread = members_.fetch_add(1);
+        for (Ticket seen = look(); seen.chunks() != 0; seen = look()) {
+            if (seen.valid()) take(thread);
+            else wait(seen);
+        }
+    }
+
     void start(int count) {
+        if (g_team.load()) count = 1;
         stopping_ = false;
         first_helper_ = count;
         const bool alone = count == 1 || count > available_cores();  // the latter disturb each other
@@ -209,6 +229,7 @@ private:
     alignas(64) std::atomic<std::uint64_t> done_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> stopping_{false}, helping_{false};
+    std::atomic<int> members_{0};
     Walk* walk_ = nullptr;  // this and end_ are read by who holds a valid ticket
     std::int64_t end_ = 0;
     int first_helper_ = 1;
@@ -272,6 +293,11 @@ void set_threads(int count) {
     count = std::min(count, kMostThreads);
     if (g_pool.load()) g_pool.load()->resize(count);
     g_threads.store(count);
+}
+
+void use_team(Team team) {
+    g_team.store(team);
+    if (g_pool.load()) g_pool.load()->resize(threads());
 }
 
 void expect_contention(bool expected) { Contention::expected.store(expected); }
