@@ -93,6 +93,23 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(isa, arithmetic, kind):
         assert torch.equal(together, torch.cat(parts))
 
 
+@each_isa
+@pytest.mark.parametrize("kind", ["mxfp4", "int8"])
+def test_many_wide_rows_are_what_they_are_alone_under_any_scales(isa, kind):
+    w, values = weight_of(kind, 21, 2144)  # more than kernels decode at once
+    bias = random_x(1, 21, torch.float32, seed=3)[0]
+    x = random_x(19, 2144, torch.float32)
+    assert_sums(PackedWeight.pack(w).linear(x, "int8", isa), rounded(x, kind, "int8"), values)
+    assert isinstance(w, BlockTensor)
+    w.scales[1:] = torch.arange(20 * 67).view(20, 67) * 7 % 256
+    w.scales[9], w.scales[10] = 0, 254
+    x *= torch.exp2(torch.arange(-63.0, 32.0, 5.0))[:, None]
+    packed = PackedWeight.pack(w, bias)
+    together = packed.linear(x, "int8", isa)
+    alone = torch.cat([packed.linear(row, "int8", isa) for row in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
+
+
 @each_arithmetic
 @pytest.mark.parametrize("m", [1, 37])
 def test_any_number_of_threads_gives_the_same_bits(arithmetic, m):
@@ -152,9 +169,9 @@ def test_every_code_under_every_scale(isa, kind):
     exact = w.dequantize(torch.float64).sum(-1).float()
     packed = PackedWeight.pack(w)
     assert torch.equal(packed.rows(torch.arange(packed.n)).sum(-1).nan_to_num(5e3), exact.nan_to_num(5e3))
-    # 127 rounds to itself, under a scale of 1
-    y = packed.linear(torch.full((1, 32), 127.0), "int8", isa)[0]
-    torch.testing.assert_close(y, exact * 127, rtol=0, atol=0, equal_nan=True)
+    for rows in (1, 17):  # 127 rounds to itself, under a scale of 1
+        y = packed.linear(torch.full((rows, 32), 127.0), "int8", isa)[rows // 2]
+        torch.testing.assert_close(y, exact * 127, rtol=0, atol=0, equal_nan=True)
     y = packed.linear(torch.ones(3, 32), "exact", isa)[2]
     torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
 
@@ -166,7 +183,7 @@ def test_a_nan_scale_spoils_its_row_only(isa, arithmetic, kind):
     w = weight_of(kind, 19, 96)[0]
     assert isinstance(w, BlockTensor)
     w.scales[4, 1] = 255
-    for x in (random_x(5, 96, torch.float32), torch.zeros(1, 96)):
+    for x in (random_x(5, 96, torch.float32), torch.zeros(1, 96), random_x(17, 96, torch.float32)):
         y = PackedWeight.pack(w).linear(x, arithmetic, isa)
         assert y[:, 4].isnan().all() and y.isnan().sum() == len(y)
 
@@ -176,7 +193,8 @@ def test_a_nan_scale_spoils_its_row_only(isa, arithmetic, kind):
 @each_kind
 def test_zeros_give_zeros(isa, arithmetic, kind):
     w = weight_of(kind, 19, 96)[0]
-    assert (PackedWeight.pack(w).linear(torch.zeros(3, 96), arithmetic, isa) == 0).all()
+    for rows in (3, 17):
+        assert (PackedWeight.pack(w).linear(torch.zeros(rows, 96), arithmetic, isa) == 0).all()
     zeros = torch.zeros(19, 96) if kind == "bf16" else get_format(w.format).quantize(torch.zeros(19, 96))
     assert (PackedWeight.pack(zeros).linear(random_x(3, 96, torch.float32), arithmetic, isa) == 0).all()
 
@@ -185,12 +203,12 @@ def test_zeros_give_zeros(isa, arithmetic, kind):
 @each_kind
 def test_specials_in_x_spoil_their_row_only(isa, kind):
     packed = PackedWeight.pack(weight_of(kind, 19, 96)[0])
-    for special in (torch.nan, torch.inf, -torch.inf):
-        x = random_x(4, 96, torch.float32)
+    for special, rows in ((torch.nan, 4), (torch.inf, 17), (-torch.inf, 4)):
+        x = random_x(rows, 96, torch.float32)
         x[1, 70] = special
         for arithmetic in ("int8", "exact"):
             y = packed.linear(x, arithmetic, isa)
-            assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
+            assert not y[1].isfinite().any() and y.isfinite().all(-1).sum() == rows - 1
             assert kind == "bf16" or arithmetic == "exact" or y[1].isnan().all()
 
 

@@ -38,18 +38,20 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
 
 
 def round_to_int8_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` [..., K] (float32) as int8 codes [..., K] and float32 scales [..., K/32]: amax/127, ties to even.
+    """``x`` [..., K] (float32) as int8 codes [..., K] and float32 scales [..., K/32], ties to even.
 
-    What the int8 arithmetic of packed weights does to its inputs. A block that is smaller than 2^-100 becomes
-    zeros under the scale 0, and one that holds a NaN or an Inf zeros under the scale NaN.
+    What the int8 arithmetic of packed weights does to its inputs. A scale is the smallest of 9/8, 5/4, 3/2
+    and 2 times a power of two that is amax/127 or more: kernels apply it with a shift. A block that is smaller
+    than 2^-60 becomes zeros under the scale 0, and one that holds a NaN or an Inf zeros under the scale NaN.
     """
     blocks = x.unflatten(-1, (-1, 32))
     amax = blocks.abs().amax(-1)
-    usable = (amax >= 2.0**-100) & amax.isfinite()
-    scales = torch.where(usable, amax / 127, torch.where(amax.isfinite(), 0.0, torch.nan))
-    # not ``127 / amax``, which torch takes as 127 times a rounded reciprocal
-    inverse = torch.where(usable, torch.full_like(amax, 127).div(amax), 0.0)
-    codes = torch.where(usable[..., None], blocks * inverse[..., None], 0.0).round()
+    usable = (amax >= 2.0**-60) & amax.isfinite()
+    fraction, exponent = torch.frexp(torch.where(usable, amax / 127, 1.0))
+    steps = torch.tensor([1 / 2, 9 / 16, 5 / 8, 3 / 4, 1], device=x.device)
+    scales = torch.ldexp(steps[torch.bucketize(fraction, steps)], exponent)
+    codes = torch.where(usable[..., None], blocks * (1 / scales)[..., None], 0.0).round()
+    scales = torch.where(usable, scales, torch.where(amax.isfinite(), 0.0, torch.nan))
     return codes.to(torch.int8).flatten(-2), scales
 
 

@@ -17,10 +17,21 @@ namespace {
 constexpr std::int64_t kGroupBytes = 256 << 10;
 constexpr std::int64_t kAhead = 8192;  // bytes between what is computed and what is fetched
 
+// A tile's columns of some rows of out, those that there are.
+inline __mmask16 columns_of(const PackedLinear& p, std::int64_t t) {
+    return static_cast<__mmask16>((1u << std::min(kTileRows, p.weight.n - t * kTileRows)) - 1);
+}
+
+template <int MR>
+inline void load(const PackedLinear& p, std::int64_t t, std::int64_t first, __m512 (&sums)[MR]) {
+    for (int i = 0; i < MR; ++i)
+        sums[i] = _mm512_maskz_loadu_ps(columns_of(p, t), p.out + (first + i) * p.out_stride + t * kTileRows);
+}
+
 template <int MR>
 inline void store(const PackedLinear& p, std::int64_t t, std::int64_t first, const __m512 (&sums)[MR]) {
-    const std::int64_t n = t * kTileRows, width = std::min(kTileRows, p.weight.n - n);
-    const __mmask16 mask = static_cast<__mmask16>((1u << width) - 1);
+    const std::int64_t n = t * kTileRows;
+    const __mmask16 mask = columns_of(p, t);
     const __m512 bias = p.weight.bias ? _mm512_maskz_loadu_ps(mask, p.weight.bias + n) : _mm512_setzero_ps();
     for (int i = 0; i < MR; ++i)
         _mm512_mask_storeu_ps(p.out + (first + i) * p.out_stride + n, mask, _mm512_add_ps(sums[i], bias));

@@ -17,17 +17,17 @@ namespace fourfold {
 
 inline constexpr std::int64_t kPackedBlock = 32;
 
-// As a float 1.5 * 2^23, where a step of the last bit is worth 1: kRoundBits + s are the bits of 1.5 * 2^23 + s.
-inline constexpr std::int32_t kRoundBits = 0x4B400000;
-
-// A block of a row of x for `int8`. A row is padded to an odd number of cache lines, so that rows under each other do
-// not share the sets of a cache.
+// A block of a row of x for `int8`. Where the multipliers are busy with dot products, the scale's two parts are applied
+// by a shift and by an addition to the exponent. A row is padded to an odd number of cache lines, so that rows under each
+// other do not share the sets of a cache.
 struct Int8Block {
     std::int8_t codes[32];
-    float half_scale;    // of the scale; E2M1 codes are held doubled
-    std::int32_t start;  // kRoundBits - 128 * sum of codes: weights are held with 128 added
+    float half_scale;    // of the scale, since E2M1 codes are held doubled; NaN where x has a NaN or an Inf
+    float exponent;      // half_scale is 2^exponent * (1 + 2^shift)
+    std::int32_t shift;
+    std::int32_t start;  // -128 * sum of codes: weights are held with 128 added
 };
-static_assert(sizeof(Int8Block) == 40, "kernels step by this");
+static_assert(sizeof(Int8Block) == 48, "kernels step by this");
 
 // A block of a row of x for `exact`: bf16, each four as 0, 2, 1, 3.
 struct Bf16Block {
@@ -60,6 +60,26 @@ constexpr inline std::int64_t scales_at(WeightKind kind, std::int64_t k, std::in
 constexpr inline std::int64_t prepared_row_bytes(Arithmetic arithmetic, std::int64_t k) {
     std::int64_t block = arithmetic == Arithmetic::int8 ? sizeof(Int8Block) : sizeof(Bf16Block);
     return ((blocks_of(k) * block + 63) / 64 | 1) * 64;
+}
+
+// Fills in the scale of a block whose largest magnitude is `amax`, and returns what makes codes of its values: 1 / scale,
+// or 0 where it has none.
+inline float set_scale(float amax, Int8Block& block) {
+    block.exponent = block.half_scale = amax < __builtin_inff() ? 0.0f : __builtin_nanf("");
+    block.shift = 0;
+    if (!(amax >= 0x1p-60f && amax < __builtin_inff())) return 0.0f;
+    const float least = amax / 127.0f;
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &least, 4);
+    bits -= 1;  // a power of two is the last of those that reach up to it
+    const std::uint32_t eighths = bits >> 20 & 7;
+    block.shift = eighths >= 4 ? 0 : eighths >= 2 ? 1 : eighths >= 1 ? 2 : 3;
+    const std::int32_t exponent = static_cast<std::int32_t>(bits >> 23) - 128 - block.shift, field = (exponent + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &field, 4);
+    block.exponent = static_cast<float>(exponent);
+    block.half_scale = static_cast<float>(1 + (1 << block.shift)) * power;
+    return 0.5f / block.half_scale;
 }
 
 }  // namespace

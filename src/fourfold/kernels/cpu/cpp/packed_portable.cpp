@@ -156,20 +156,11 @@ void all_rows(const PackedLinear& p, std::int64_t tile_begin, std::int64_t tile_
 
 void prepare_block(const float* x, Int8Block& to) {
     std::uint32_t largest = 0;  // as bits: a NaN is larger than Inf, and Inf than all else
+    for (int i = 0; i < 32; ++i) largest = std::max(largest, bits_as<std::uint32_t>(x[i]) & 0x7FFFFFFFu);
+    const float inverse = set_scale(bits_as<float>(largest), to);
+    to.start = 0;
     for (int i = 0; i < 32; ++i) {
-        std::uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        largest = std::max(largest, bits & 0x7FFFFFFFu);
-    }
-    to = Int8Block{};
-    to.start = kRoundBits;
-    const float amax = bits_as<float>(largest);
-    if (largest >= 0x7F800000u) to.half_scale = bits_as<float>(0x7FC00000u);
-    if (!(amax >= 0x1p-100f) || largest >= 0x7F800000u) return;
-    const float inverse = 127.0f / amax;
-    to.half_scale = amax / 127.0f * 0.5f;
-    for (int i = 0; i < 32; ++i) {
-        to.codes[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * inverse));
+        to.codes[i] = static_cast<std::int8_t>(inverse == 0.0f ? 0.0f : std::nearbyint(x[i] * inverse));
         to.start -= 128 * to.codes[i];
     }
 }
