@@ -41,7 +41,7 @@ def round_to_int8_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` [..., K] (float32) as int8 codes [..., K] and float32 scales [..., K/32], ties to even.
 
     What the int8 arithmetic of packed weights does to its inputs. A scale is the smallest of 9/8, 5/4, 3/2
-    and 2 times a power of two that is amax/127 or more: kernels apply it with a shift. A block that is smaller
+    and 2 times a power of two that is amax/127 or more: kernels apply it with a shift. A block smaller
     than 2^-60 becomes zeros under the scale 0, and one that holds a NaN or an Inf zeros under the scale NaN.
     """
     blocks = x.unflatten(-1, (-1, 32))
