@@ -1,7 +1,8 @@
 """The linear layer that calibration runs: an ``nn.Linear`` that computes as the served model will.
 
 On its way in, the input is turned (``rotation``) and then rounded (``activation``), as the checkpoint will
-ask of the engine. While a layer is worked on, ``rounds_input`` is off and ``observer`` sees every input.
+ask of the engine. While a layer is worked on, ``rounds_input`` is off, ``observer`` sees every input, and
+``recall`` may have the output.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fourfold.compress.calibrated.recall import Recall
 from fourfold.formats import BlockFormat, turn
 
 Observer = Callable[[torch.Tensor], None]
@@ -23,6 +25,7 @@ class CalibratedLinear(nn.Linear):
     activation: BlockFormat | None = None
     rounds_input: bool = False
     observer: Observer | None = None
+    recall: Recall | None = None
 
     def reset_parameters(self) -> None:
         """Nothing: values come from a checkpoint, and on the meta device torch would import its compiler."""
@@ -45,7 +48,7 @@ class CalibratedLinear(nn.Linear):
             self.observer(x.detach().reshape(-1, x.shape[-1]))
         if self.rounds_input:
             x = self.as_served(x)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) if self.recall is None else self.recall(self, x)
 
 
 class StraightThrough(torch.autograd.Function):

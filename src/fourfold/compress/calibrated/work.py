@@ -1,7 +1,7 @@
 """LayerWork: one decoder layer as passes see it, with what reaches it on the calibration set."""
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.recall import Recall
 from fourfold.compress.calibrated.routing import ExpertTokens, Routing, survey
 from fourfold.compress.calibrated.skeleton import Call
 from fourfold.compress.kv_calibration import KVObserver
@@ -34,6 +35,7 @@ class LayerWork:
     ``module``, says what it is stored as where it is not rounded to blocks. ``learned`` is what the pass at
     work learned beforehand over the whole model. ``cache``, where there is one, sees keys and values.
     ``kept``, where there is one, gets the original layer's outputs by the id of a batch from ``observe``.
+    ``recall``, where there is one, holds products of linear layers.
     """
 
     index: int
@@ -53,6 +55,7 @@ class LayerWork:
     expert_tokens: list[ExpertTokens] = field(default_factory=list)
     cache: KVObserver | None = None
     kept: dict[int, torch.Tensor] | None = None
+    recall: Recall | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +99,9 @@ class LayerWork:
         ones more of them. Unless its output is kept, the layer runs no further than the last of ``names``.
         """
         watched = [(name, self.linears[name]) for name in names]
-        keeps = self.kept is not None and not self.blocks
+        kept = self.kept if self.kept is not None and not self.blocks else None
         left: set[str] = set()
+        keeps = False
 
         def seen(name: str, x: torch.Tensor) -> None:
             see(name, x)
@@ -112,13 +116,29 @@ class LayerWork:
                 for hidden in self.inputs if inputs is None else inputs:
                     self.routing.lay_down(hidden)
                     left.update(name for name, _ in watched)
+                    keeps = kept is not None and id(hidden) not in kept
+                    if self.recall is not None:
+                        self.recall.batch = id(hidden)
                     with suppress(AllSeenError):
                         output = self.forward(hidden)
-                        if keeps and self.kept is not None:
-                            self.kept[id(hidden)] = self._as_kept(hidden, output)
+                        if kept is not None:
+                            kept[id(hidden)] = self._as_kept(hidden, output)
         finally:
             for _, linear in watched:
                 linear.observer = None
+
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """Within it products are recalled where they can, from at most as many bytes as the weights have."""
+        self.recall = Recall(sum(linear.weight.nbytes for linear in self.linears.values()))
+        try:
+            for linear in self.linears.values():
+                linear.recall = self.recall
+            yield
+        finally:
+            for linear in self.linears.values():
+                linear.recall = None
+            self.recall = None
 
     @torch.no_grad()
     def survey_experts(self) -> None:
@@ -141,6 +161,8 @@ class LayerWork:
         values = blocks.dequantize() if values is None else values
         if values.data_ptr() != held.data_ptr():
             held.copy_(values)
+        if self.recall is not None:
+            self.recall.forget(self.linears[name])
 
     def round_rest(self, round_weight: Callable[[str, torch.Tensor, LayerScheme], BlockTensor]) -> None:
         """Round what no pass has finished."""

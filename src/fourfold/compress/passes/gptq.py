@@ -90,6 +90,11 @@ def round_layer(work: LayerWork, options: Options) -> None:
     """Round every linear layer of the scheme. Raises FourfoldError that names one whose inputs are not
     finite, or whose H stays without a Cholesky factor.
     """
+    with work.recalling():
+        _round_kinds(work, options)
+
+
+def _round_kinds(work: LayerWork, options: Options) -> None:
     shared, seen = shared_inputs(work, list(work.schemes))
     originals: dict[str, torch.Tensor] = {}
     for names in portions(work, list(shared), options):
@@ -98,8 +103,15 @@ def round_layer(work: LayerWork, options: Options) -> None:
         for first in names:
             if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
                 if options.asymmetry and EXPERTS not in first:
-                    originals |= {name: work.linears[name].weight.data.clone() for name in shared[first]}
+                    originals |= {name: _apart(work, name) for name in shared[first]}
                 round_together(work, shared[first], statistics.pop(first), options)
+
+
+def _apart(work: LayerWork, name: str) -> torch.Tensor:
+    """The weight of ``name``, which from now on has a copy to be rounded."""
+    parameter = work.linears[name].weight
+    original, parameter.data = parameter.data, parameter.data.clone()
+    return original
 
 
 def portions(work: LayerWork, names: list[str], options: Options) -> list[list[str]]:
@@ -127,8 +139,8 @@ def _cut(work: LayerWork, names: list[str], options: Options) -> list[list[str]]
 
 def shared_inputs(work: LayerWork, names: list[str]) -> tuple[dict[str, list[str]], dict[str, torch.Tensor]]:
     """``names`` of one module put together where their inputs are equal, under the first of each; and the
-    first batch's input [n, in] of each first. Two experts may get the same tokens of that batch, and others
-    later.
+    first batch's input [n, in] of each first, if it is at hand. Two experts may get the same tokens of that
+    batch, and others later. Without experts it is the original model's batch, which will be run anyway.
     """
     seen: dict[str, torch.Tensor] = {}
     shared: dict[str, list[str]] = {}
@@ -141,7 +153,11 @@ def shared_inputs(work: LayerWork, names: list[str]) -> tuple[dict[str, list[str
                 return
         seen[name], shared[name] = x, [name]
 
-    work.observe(names, see, work.inputs[:1])
+    experts = any(EXPERTS in name for name in names)
+    inputs = work.inputs if experts or work.base_inputs is None else work.base_inputs
+    work.observe(names, see, inputs[:1])
+    if inputs[0] is not work.inputs[0]:
+        seen = {}
     for name in names:
         if not any(name in together for together in shared.values()):
             shared[name] = [name]
