@@ -11,7 +11,7 @@ from fourfold.core.errors import FourfoldError
 from fourfold.formats import BlockTensor, get_format
 from fourfold.kernels import set_threads, threads
 from fourfold.kernels.cpu import native
-from fourfold.kernels.cpu.packed import PackedWeight, packed_isas
+from fourfold.kernels.cpu.packed import PackedWeight, bfloat16_parts, packed_isas
 from fourfold.kernels.reference import read_int8_blocks, round_to_int8_blocks
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
@@ -227,6 +227,18 @@ def test_exactly_at_the_ends_of_float32():
     x[0, 3], x[1, 4], x[2, 5], x[3, 6] = torch.finfo(torch.float32).max, -torch.inf, torch.nan, 2**-100 * 1.1
     y = PackedWeight.pack(ones).exactly(x)
     torch.testing.assert_close(y, x.sum(-1, keepdim=True).expand(-1, 3), rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_parts_are_all_of_a_float16():
+    """Of every one, subnormals and the largest included."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
+    first, second = bfloat16_parts(x, 2)
+    assert torch.equal(first.bfloat16().float().nan_to_num(), first.nan_to_num())
+    assert torch.equal(second.bfloat16().float(), second)
+    assert torch.equal((first + second).nan_to_num(), x.nan_to_num())
+    w = replace(PackedWeight.pack(torch.eye(64)), input_parts=2)
+    finite = x[x.isfinite()].view(-1, 64)
+    assert torch.equal(w.exactly(finite), finite)
 
 
 def test_results_round_to_nearest_even():

@@ -16,7 +16,13 @@ from fourfold.core.machine import usable_cores
 from fourfold.core.records import ModelCard
 from fourfold.engine.attention import DenseAttention, PagedAttention
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
-from fourfold.engine.loading import build_kv_format, choose_dtype, find_architecture, kv_block_count
+from fourfold.engine.loading import (
+    build_kv_format,
+    choose_dtype,
+    find_architecture,
+    input_parts,
+    kv_block_count,
+)
 from fourfold.engine.native import NativeDecoder, compile, obstacle
 from fourfold.engine.packed_cache import PackedCache
 from fourfold.engine.requests import (
@@ -63,7 +69,7 @@ class Engine:
     def _compile(self, checkpoint: Checkpoint, weights: Weights) -> tuple[NativeDecoder | None, str]:
         """The model as a program and its arithmetic, or None and why torch computes it."""
         if problem := obstacle(self.model, self._kv_format, self.config):
-            weights.pack_all()
+            weights.pack_all(input_parts(checkpoint.config, self.config))
             return None, f"torch: {problem}"
         cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
         native = compile(self.model, self._kv_format, self.config, cache)

@@ -39,8 +39,18 @@ def choose_dtype(model: dict[str, Any], config: EngineConfig) -> torch.dtype:
     """What the configuration asks for; auto is bfloat16, or float32 where ``exact`` needs it."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    own = str(model.get("dtype") or model.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    own = own_dtype(model)
     return torch.float32 if own != "bfloat16" and config.arithmetic == "exact" else torch.bfloat16
+
+
+def own_dtype(model: dict[str, Any]) -> str:
+    """The checkpoint's, by its config."""
+    return str(model.get("dtype") or model.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+
+
+def input_parts(model: dict[str, Any], config: EngineConfig) -> int:
+    """As how many bfloat16s torch's path takes inputs: two have more bits than a float16 checkpoint means."""
+    return 2 if config.dtype == "auto" and own_dtype(model) == "float16" else 3
 
 
 def build_kv_format(checkpoint: Checkpoint, config: EngineConfig, model: Decoder) -> KVFormat:

@@ -41,7 +41,8 @@ class EngineConfig(Record):
     dtype: DtypeName = Field(
         default="auto",
         description="of kept matrices, activations and unquantized KV; norms, biases, routers are float32; "
-        "auto: bfloat16, with exact arithmetic float32 for a checkpoint in float16 or float32",
+        "auto: bfloat16, with exact arithmetic float32 for a checkpoint in float16 or float32 (16 bits of "
+        "inputs for float16, which has 11)",
     )
     kv_cache: KVCacheChoice = Field(
         default="auto",

@@ -1,6 +1,7 @@
 """From a checkpoint's tensors to layers: checked, fused where inputs are shared, blocks kept packed."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from fourfold.core.errors import FourfoldError
 from fourfold.engine.layers import FusedLinear, Linear, RMSNorm, Unread
 from fourfold.formats import ROTATION_SIZE, BlockTensor, hadamard
 from fourfold.kernels import Weight
+from fourfold.kernels.cpu.packed import PackedWeight
 
 WHOLE_TENSOR_SCALES = ("nvfp4", "fp8-tensor")
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -94,10 +96,15 @@ class Weights:
         self.unread.append(linear)
         return linear
 
-    def pack_all(self) -> None:
-        """Read every weight that has not been, and pack it. Raises FourfoldError as ``held`` does."""
+    def pack_all(self, input_parts: int) -> None:
+        """Read every weight that has not been, and pack it; ``input_parts`` as in PackedWeight.
+
+        Raises FourfoldError as ``held`` does.
+        """
         for linear in self.unread:
             linear.pack()
+            if isinstance(linear.weight, PackedWeight):
+                linear.weight = replace(linear.weight, input_parts=input_parts)
         self.unread.clear()
 
     def activation(self, module: str) -> str | None:

@@ -5,9 +5,9 @@
 vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``), finds the class
 by its platform and kernel type, and asks it what it can do. Nothing here imports vLLM but ``register``, so
 all of it can be tried without it. The layer's checkpoint tensors are replaced by their packed tiles when a
-model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``. It is
-computed by vLLM's own OpenMP threads: bound to cores, these spin between their uses, and others would get half
-of each core.
+model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``. It
+is computed by vLLM's own OpenMP threads: bound to cores, these spin between their uses, and others would get
+half of each core.
 
 vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 or leaves them
 (compressed-tensors W4A16 comes with the key of W4A4); like its Marlin kernel on a GPU this one multiplies

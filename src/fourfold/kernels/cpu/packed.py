@@ -23,7 +23,8 @@ KINDS = {"mxfp4": "mxfp4", "mxint8": "int8"}
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight [n, k]. ``data`` is uint8 [tiles, bytes of a tile], its start a multiple of 64 bytes; ``bias``
-    is float32 [n] or None; ``kind`` is "mxfp4", "int8" or "bf16".
+    is float32 [n] or None; ``kind`` is "mxfp4", "int8" or "bf16". ``input_parts``: as how many bfloat16s
+    ``exactly`` takes a wider input, 2 for 16 of its bits, 3 for all 24.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class PackedWeight:
     k: int
     data: torch.Tensor
     bias: torch.Tensor | None = None
+    input_parts: int = 3
 
     @property
     def shape(self) -> torch.Size:
@@ -73,13 +75,13 @@ class PackedWeight:
         return out.to(x.dtype).view(*x.shape[:-1], self.n)
 
     def exactly(self, x: torch.Tensor) -> torch.Tensor:
-        """As ``linear``, with ``x`` as it is: a float32 is the sum of three bfloat16s.
+        """As ``linear``, with ``x`` as it is: a float32 is the sum of ``input_parts`` bfloat16s.
 
-        The price in float32 is three products, and parts below 2^-126 may count as zero.
+        The price is a product for each, and parts below 2^-126 may count as zero.
         """
         if x.dtype == torch.bfloat16:
             return self.linear(x, "exact")
-        return self.linear(torch.stack(bfloat16_parts(x)), "exact").sum(0)
+        return self.linear(torch.stack(bfloat16_parts(x, self.input_parts)), "exact").sum(0)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [n, k] as values."""
@@ -96,16 +98,18 @@ class PackedWeight:
         return out.view(*indices.shape, self.k)
 
 
-def bfloat16_parts(x: torch.Tensor) -> list[torch.Tensor]:
-    """Three bfloat16s, held as float32, that sum to the float32 ``x``; the first has what is not finite."""
+def bfloat16_parts(x: torch.Tensor, count: int = 3) -> list[torch.Tensor]:
+    """Two or three bfloat16s, held as float32, that sum to the float32 ``x`` or, two, to 16 of its 24 bits.
 
-    def cut(value: torch.Tensor) -> torch.Tensor:  # rounding could make the largest infinite
-        return (value.view(torch.int32) & -65536).view(torch.float32)
-
-    first = cut(x)
-    rest = (x - first).masked_fill_(~x.isfinite(), 0.0)
-    second = cut(rest)
-    return [first, second, rest.sub_(second)]  # 8 of 24 bits each
+    The first has what is not finite, and the last is yet to be rounded.
+    """
+    parts, rest = [], x
+    for _ in range(count - 1):
+        parts.append(
+            (rest.view(torch.int32) & -65536).view(torch.float32)
+        )  # rounded it could become infinite
+        rest = (rest - parts[-1]).masked_fill_(~x.isfinite(), 0.0)
+    return [*parts, rest]
 
 
 def packed_shape(kind: str, n: int, k: int) -> tuple[int, int]:
