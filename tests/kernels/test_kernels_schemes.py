@@ -17,6 +17,21 @@ if native_available():
 FORMATS = ["mxfp4", "mxfp6-e2m3", "mxfp6-e3m2", "mxfp8-e4m3", "mxfp8-e5m2", "mxint8"]
 
 
+def through_program(x: torch.Tensor, scheme: "InputScheme", arithmetic: str) -> torch.Tensor:
+    """``x`` times one, as a linear layer takes it."""
+    rows, k = x.shape
+    program = Program(rows, 96, k)
+    program.native.use_cache(torch.zeros(1, 64 * 16, dtype=torch.bfloat16), 64, 16)
+    states, out = program.buffer(k), program.buffer(k)
+    program.prepared(states, [arithmetic], scheme=scheme)
+    program.linear(PackedWeight.pack(get_format("mxfp4").quantize(torch.eye(k))), arithmetic, out)
+    states.first(rows).copy_(x)
+    blocks = -(-rows // 16)
+    program.run(array("i", [1] * rows), array("i", (rows, 0, blocks)), array("i", range(blocks)))
+    assert torch.equal(states.first(rows).nan_to_num(), x.nan_to_num())
+    return out.first(rows)
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -84,6 +99,23 @@ def test_a_row_depends_on_itself_alone():
 def test_inputs_that_are_no_whole_blocks_are_refused():
     with pytest.raises(ValueError, match="whole blocks"):
         InputScheme(hadamard()).apply(torch.zeros(1, 48))
+
+
+@pytest.mark.parametrize("arithmetic", ["int8", "exact"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6-e2m3", "mxint8"])
+def test_int8_holds_all_values_of_few_bits(name, arithmetic):
+    """Down to blocks below 2^-60, which are zeros; a block that is no number spoils its row."""
+    assert InputScheme(None, name).fits_int8 and not InputScheme(None, "mxfp6-e3m2").fits_int8
+    x = random(97, 64) * torch.arange(-70, 27).float().exp2()[:, None]
+    x[3, 40], x[90, 0] = torch.nan, torch.inf
+    y = through_program(x, InputScheme(None, name), arithmetic)
+    expected = get_format(name).fake_quantize(x)
+    blocks = expected.unflatten(-1, (-1, 32))
+    tiny = blocks.abs().amax(-1, keepdim=True) < 2.0**-60
+    expected = torch.where(tiny & (arithmetic == "int8"), 0.0, blocks).flatten(-2)
+    assert y[[3, 90]].isnan().all()
+    rest = [i for i in range(97) if i not in (3, 90)]
+    assert torch.equal(y[rest], expected[rest])
 
 
 @pytest.mark.parametrize("norm", [False, True])

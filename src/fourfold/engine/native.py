@@ -36,7 +36,7 @@ from fourfold.kernels.expanded import exact_in_bfloat16
 
 HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
 PACKED_FORMATS = ("mxfp4", "mxint8")
-NEAR_INT8 = (None, "mxint8", "mxfp8-e4m3", "mxfp8-e5m2")
+NEAR_INT8 = (None, "mxfp8-e4m3", "mxfp8-e5m2")  # what int8 takes the place of
 KV_TYPES = {torch.bfloat16: "bf16", torch.float32: "f32", torch.uint8: "fp8"}
 
 
@@ -276,8 +276,9 @@ class _Recording:
         return packed if linear.bias is None else replace(packed, bias=linear.bias.float().contiguous())
 
     def arithmetic_of(self, linear: Linear) -> str:
-        """Of a layer that is not packed yet. Where nothing is asked for, int8 moves no value of a format."""
-        moved = linear.activation not in NEAR_INT8 and self.target.asked == "auto"
+        """Of a layer that is not packed yet. Unless asked for, int8 moves no value of 4 or 6 bits."""
+        near = linear.activation in NEAR_INT8 or InputScheme(None, linear.activation).fits_int8
+        moved = not near and self.target.asked == "auto"
         return "exact" if moved or not in_blocks(linear) else self.arithmetic
 
     def scheme(self, linear: Linear) -> InputScheme:

@@ -51,7 +51,8 @@ class EngineConfig(Record):
     arithmetic: ArithmeticName = Field(
         default="auto",
         description="of linear layers; int8: inputs rounded to int8 in blocks of 32, exact: only to dtype; "
-        "auto: int8 where the checkpoint's own rounding of inputs is none, or of 8 bits, else exact",
+        "auto: int8 where the checkpoint's own rounding of inputs is none or of 8 bits, or int8 holds its "
+        "values (mxfp4, mxfp6-e2m3), else exact",
     )
     packed_cache: bool = Field(
         default=True, description="keep packed weights on disk beside the checkpoint, for the next start"

@@ -38,6 +38,16 @@ class InputScheme(NamedTuple):
         e = get_format(self.activation).element
         return e.max, e.max_exponent, e.min_exponent, e.mantissa_bits
 
+    @property
+    def fits_int8(self) -> bool:
+        """Whether the format's values are int8 codes under powers of two, which ``int8`` then takes as they
+        are: of its parts the smallest is not below a 127th of the largest.
+        """
+        if self.activation is None:
+            return False
+        element = get_format(self.activation).element
+        return element.max <= 127 * element.min
+
     def apply(self, x: Tensor) -> Tensor:
         """What ``x``, float32 [rows, n], becomes, n % 32 == 0."""
         assert native is not None

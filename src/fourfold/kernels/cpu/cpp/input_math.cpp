@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "packed_layout.h"
+
 #if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) && !defined(__clang__))
 #define FOURFOLD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -66,13 +68,18 @@ FOURFOLD_INLINE float power_of_two(std::int32_t exponent) {  // from -127 on, wh
     return bits_as<float>(exponent == -127 ? 1 << 22 : (exponent + 127) << 23);
 }
 
-FOURFOLD_INLINE void round_block(const MxElement& element, const float* x, float* out) {
-    std::int32_t largest = 0;  // as bits: a NaN is larger than Inf, and Inf than all else
+FOURFOLD_INLINE std::int32_t largest_bits(const float* x) {  // a NaN's are larger than Inf's
+    std::int32_t largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int i = 0; i < 32; ++i) {
         const std::int32_t bits = bits_as<std::int32_t>(x[i]) & 0x7FFFFFFF;
         largest = bits > largest ? bits : largest;
     }
+    return largest;
+}
+
+FOURFOLD_INLINE void round_block(const MxElement& element, const float* x, float* out) {
+    const std::int32_t largest = largest_bits(x);
     if (largest >= 0x7F800000) {
         for (int i = 0; i < 32; ++i) out[i] = NAN;
         return;
@@ -94,6 +101,10 @@ FOURFOLD_INLINE void round_block(const MxElement& element, const float* x, float
 
 }  // namespace
 
+bool fits_int8(const MxElement& element) {
+    return std::ldexp(element.max, element.mantissa_bits - element.min_exponent) <= 127.0f;
+}
+
 bool is_hadamard(const float* rotation) {
     for (unsigned i = 0; i < 32; ++i)
         for (unsigned j = 0; j < 32; ++j)
@@ -107,6 +118,28 @@ FOURFOLD_CLONES void apply_scheme(const InputScheme& scheme, const float* x, std
         if (scheme.hadamard != 0.0f) turn_by_hadamard(scheme.hadamard, from, out + i), from = out + i;
         else if (scheme.rotation) turn(scheme.rotation, from, out + i), from = out + i;
         if (scheme.rounded) round_block(scheme.element, from, out + i);
+    }
+}
+
+FOURFOLD_CLONES void prepare_codes(const MxElement& element, const float* x, std::int64_t n, void* row) {
+    auto* block = static_cast<Int8Block*>(row);
+    for (std::int64_t at = 0; at < n; at += kSchemeBlock, ++block) {
+        const std::int32_t largest = largest_bits(x + at);
+        const bool finite = largest < 0x7F800000, usable = finite && largest >= 0x21800000;  // 2^-60
+        const std::int32_t shared = usable ? shared_exponent(bits_as<float>(largest), element) : 0;
+        const std::int32_t unit = shared + element.min_exponent - element.mantissa_bits;
+        const float inverse = usable ? power_of_two(-unit) : 0.0f;
+        std::int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < 32; ++i) {
+            const std::int32_t code = usable ? static_cast<std::int32_t>(x[at + i] * inverse) : 0;
+            block->codes[i] = static_cast<std::int8_t>(code);
+            sum += code;
+        }
+        block->shift = 0;
+        block->start = -128 * sum;
+        block->half_scale = usable ? power_of_two(unit - 1) : finite ? 0.0f : NAN;
+        block->exponent = usable ? static_cast<float>(unit - 2) : finite ? 0.0f : NAN;
     }
 }
 

@@ -53,7 +53,12 @@ void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, voi
             apply_scheme(path_.scheme, x, path_.n, static_cast<float*>(scratch));
             x = static_cast<const float*>(scratch);
         }
-        for (const Prepared& prepared : path_.prepared) prepared.fill(x, i);
+        for (const Prepared& prepared : path_.prepared) {
+            if (path_.scheme.codes && prepared.arithmetic == Arithmetic::int8)
+                prepare_codes(path_.scheme.element, x, path_.n, prepared.row(i));
+            else
+                prepared.fill(x, i);
+        }
         if (path_.add) add_row(x, path_.n, path_.out.row(i));
     }
 }

@@ -15,9 +15,8 @@ struct Prepared {
     Arithmetic arithmetic;
     std::int64_t k;
     char* memory;
-    void fill(const float* x, std::int64_t row) const {
-        prepare(arithmetic, x, k, 1, k, 0, 1, memory + prepared_bytes(arithmetic, row, k));
-    }
+    char* row(std::int64_t i) const { return memory + prepared_bytes(arithmetic, i, k); }
+    void fill(const float* x, std::int64_t i) const { prepare(arithmetic, x, k, 1, k, 0, 1, row(i)); }
 };
 
 // x = table[token] * scale; the table is bf16, float32, or the head's packed weight.

@@ -76,6 +76,7 @@ InputScheme scheme_of(nb::handle rotation, nb::handle element, std::int64_t n) {
     if (scheme.rounded) {
         const auto [max, max_exponent, min_exponent, mantissa_bits] = nb::cast<Element>(element);
         scheme.element = {max, max_exponent, min_exponent, mantissa_bits};
+        scheme.codes = fits_int8(scheme.element);
     }
     if (scheme.any() && n % kSchemeBlock) throw nb::value_error("inputs must be whole blocks of 32 values");
     return scheme;

@@ -110,7 +110,8 @@ private:
         open_next(begin, 0);
         if (look().chunks() == 0) return;
         members_.store(0);
-        team([](void* pool) { static_cast<ThreadPool*>(pool)->take_part(); }, this, static_cast<unsigned>(threads()), 0);
+        const auto body = [](void* pool) { static_cast<ThreadPool*>(pool)->take_part(); };
+        team(body, this, static_cast<unsigned>(threads()), 0);
     }
 
     void take_part() {
