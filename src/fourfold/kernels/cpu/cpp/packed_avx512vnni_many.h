@@ -65,11 +65,13 @@ struct Rows {
         x += sizeof(Int8Block);
     }
 
-    void add(const Panel& panel, std::int64_t blocks) {
+    // And fetches `lines` of memory with every two blocks.
+    void add(const Panel& panel, std::int64_t blocks, const std::uint8_t* memory, std::int64_t lines) {
         __m512i even[MR], odd[MR];
         add<true>(panel.codes[0], even, even, panel.exponents[0]);
         std::int64_t b = 1;
         for (; b + 1 < blocks; b += 2) {
+            for (std::int64_t i = 0; i < lines; ++i, memory += 64) _mm_prefetch(memory, _MM_HINT_T1);
             add(panel.codes[b], odd, even, panel.exponents[b - 1]);
             add(panel.codes[b + 1], even, odd, panel.exponents[b]);
         }
@@ -86,42 +88,37 @@ struct Rows {
 // Adds the panel, blocks [begin, end) of tile t, to rows [first, first + rows) of out.
 template <int MR = kRowsInStep>
 void add_panel(const PackedLinear& p, std::int64_t t, const Panel& panel, std::int64_t begin, std::int64_t end,
-               std::int64_t first, std::int64_t rows) {
+               std::int64_t first, std::int64_t rows, const std::uint8_t* memory, std::int64_t lines) {
     if constexpr (MR > 1) {
-        if (rows < MR) return add_panel<MR - 1>(p, t, panel, begin, end, first, rows);
+        if (rows < MR) return add_panel<MR - 1>(p, t, panel, begin, end, first, rows, memory, lines);
     }
     const std::int64_t stride = prepared_row_bytes(Arithmetic::int8, p.weight.k);
     const char* x = static_cast<const char*>(p.prepared) + first * stride + begin * std::int64_t{sizeof(Int8Block)};
     Rows<MR> step{x, stride, {}};
     if (begin > 0) load(p, t, first, step.sums);
-    step.add(panel, end - begin);
+    step.add(panel, end - begin, memory, lines);
     store(p, t, first, step.sums);
 }
 
-// Of a tile's bytes those between blocks `begin` and `end`, a part of them for each set of rows.
-inline void fetch(const PackedWeight& w, std::int64_t t, std::int64_t begin, std::int64_t end, std::int64_t part,
-                  std::int64_t parts) {
-    const std::uint8_t* bytes = w.data + t * tile_bytes(w.kind, w.k);
-    const std::int64_t from = codes_at(w.kind, begin) / 64, lines = (codes_at(w.kind, end) + 63) / 64 - from;
-    for (std::int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i)
-        _mm_prefetch(bytes + (from + i) * 64, _MM_HINT_T1);
-}
-
-// Panels are gone through outermost, so that a panel's part of x stays in the second-level cache for all tiles.
+// Panels are gone through outermost, so that a panel's part of x stays in the second-level cache for all tiles. While
+// all rows meet a panel, that of the next tile is fetched bit by bit.
 template <typename Weight>
 void many_rows(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end) {
-    const std::int64_t blocks = blocks_of(call.weight.k), sets = (call.m + kRowsInStep - 1) / kRowsInStep;
+    const std::int64_t k = call.weight.k, sets = (call.m + kRowsInStep - 1) / kRowsInStep;
     Panel panel;
-    for (std::int64_t begin = 0; begin < blocks; begin += kPanelBlocks) {
-        const std::int64_t end = std::min(begin + kPanelBlocks, blocks);
+    for (std::int64_t begin = 0; begin < blocks_of(k); begin += kPanelBlocks) {
+        const std::int64_t end = std::min(begin + kPanelBlocks, blocks_of(k)), pairs = (end - begin) / 2;
+        const std::int64_t from = codes_at(Weight::kKind, begin), bytes = codes_at(Weight::kKind, end) - from;
+        const std::int64_t lines = bytes / 64 / (sets * std::max<std::int64_t>(1, pairs)) + 1;
         PackedLinear p = call;
-        if (end < blocks) p.weight.bias = nullptr;  // it is added last
+        if (end < blocks_of(k)) p.weight.bias = nullptr;  // it is added last
         for (std::int64_t t = tile_begin; t < tile_end; ++t) {
+            const std::uint8_t* next = p.weight.data + (t + 1) * tile_bytes(Weight::kKind, k) + from;
             decode<Weight>(p.weight, t, begin, end, panel);
             for (std::int64_t s = 0; s < sets; ++s) {
                 const std::int64_t first = p.m * s / sets;
-                if (t + 1 < tile_end) fetch(p.weight, t + 1, begin, end, s, sets);
-                add_panel(p, t, panel, begin, end, first, p.m * (s + 1) / sets - first);
+                add_panel(p, t, panel, begin, end, first, p.m * (s + 1) / sets - first, next, lines);
+                next += lines * pairs * 64;
             }
         }
     }
