@@ -1,11 +1,15 @@
 """Clients that leave, engines that fail, servers that end."""
 
+import asyncio
 import threading
 import time
 
 import httpx
 import pytest
 from server_harness import eventually
+
+from fourfold.engine import Request, TokenOutput
+from fourfold.server.loop import EngineLoop
 
 LONG = {"prompt": [9, 8, 7], "max_tokens": 500, "ignore_eos": True}
 
@@ -108,3 +112,64 @@ def test_stop_ends_what_runs_after_the_grace(start_server, monkeypatch):
     old.join(10)
     assert answers[0].status_code == 503
     assert idle(server)
+
+
+class ThreeTokens:
+    """An engine that answers every request with three tokens, and remembers how many each step was for."""
+
+    def __init__(self):
+        self.left: dict[str, int] = {}
+        self.steps: list[int] = []
+
+    def add(self, request: Request) -> None:
+        self.left[request.request_id] = 3
+
+    def abort(self, request_id: str) -> None:
+        self.left.pop(request_id, None)
+
+    def step(self) -> list[TokenOutput]:
+        self.steps.append(len(self.left))
+        self.left = {name: left - 1 for name, left in self.left.items()}
+        outputs = [
+            TokenOutput(name, 5, "", None, None, None if n else "stop") for name, n in self.left.items()
+        ]
+        self.left = {name: left for name, left in self.left.items() if left}
+        return outputs
+
+
+async def answered(loop: EngineLoop, names: str, after_s: float = 0.0) -> None:
+    await asyncio.sleep(after_s)
+    async for _ in loop.submit([Request(name, [1]) for name in names]):
+        pass
+
+
+def steps_after(together: str, *later: str) -> list[int]:
+    """Requests ``together`` are answered; then ``later`` come, each 20 ms after the one before."""
+    engine = ThreeTokens()
+    loop = EngineLoop(engine)
+
+    async def ask() -> None:
+        await answered(loop, together)
+        await asyncio.gather(*(answered(loop, names, i * 0.02) for i, names in enumerate(later)))
+
+    asyncio.run(ask())
+    loop.stop()
+    assert engine.steps[:3] == [len(together)] * 3
+    return engine.steps[3:]
+
+
+def test_those_who_were_answered_together_are_waited_for(monkeypatch):
+    monkeypatch.setattr("fourfold.server.loop.RETURN_S", 5.0)
+    assert steps_after("abc", "d", "e", "f") == [3] * 3
+
+
+def test_nobody_is_waited_for_who_was_not_answered_just_before(monkeypatch):
+    monkeypatch.setattr("fourfold.server.loop.RETURN_S", 60.0)
+    start_s = time.monotonic()
+    assert steps_after("a", "b") == [1] * 3
+    assert time.monotonic() - start_s < 30
+
+
+def test_those_who_do_not_come_back_are_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr("fourfold.server.loop.RETURN_S", 0.05)
+    assert steps_after("abc", "d") == [1] * 3

@@ -61,7 +61,10 @@ class Generation:
         }
 
     async def events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events, one for each token. Raises ApiError only before the first one."""
+        """The answer as server-sent events, one for each token, the last with ``DONE`` behind it.
+
+        Raises ApiError only before the first one.
+        """
         head = self.head(self.shape.chunk_name)
         offsets: dict[int, int] = {}
         try:
@@ -73,16 +76,17 @@ class Generation:
                     choice = self.shape.chunk(index, output, offset is None, offset or 0)
                     offsets[index] = (offset or 0) + len(output.text)
                     chunks.append(event(head | {"choices": [choice]} | self.chunk_usage(options)))
+                if self.stream.finished:
+                    if options.include_usage:
+                        chunks.append(event(head | {"choices": [], "usage": self.usage()}))
+                    chunks.append(DONE)
                 yield b"".join(chunks)
-            if options.include_usage:
-                yield event(head | {"choices": [], "usage": self.usage()})
         except ApiError as error:
             if not offsets:
                 raise
-            yield event(error.body())
+            yield event(error.body()) + DONE
         finally:
             self.stream.close()
-        yield DONE
 
     def chunk_usage(self, options: StreamOptions) -> dict[str, Any]:
         """The usage key of a token's chunk: counts, null, or no key at all."""

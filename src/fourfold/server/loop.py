@@ -25,6 +25,7 @@ logger = logging.getLogger("fourfold.server")
 
 T = TypeVar("T")
 Delivery = list[tuple[TokenStream, TokenOutput | ApiError]]
+RETURN_S = 0.002  # from one client's next request to another's, when both were answered by the same step
 
 
 class SteppingEngine(Protocol):
@@ -74,6 +75,7 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._closed = self._stopping = False
         self._deadline = 0.0
+        self._ended = 0  # requests that the last step answered, less those that have come since
         self._thread: threading.Thread | None = None
 
     def refusal(self) -> ApiError | None:
@@ -133,13 +135,17 @@ class EngineLoop:
         self._end_all(_shutting_down())
 
     def _obey(self, wait: bool) -> None:
-        """Carry out all queued commands; ``wait`` for the first when there is nothing else to do."""
+        """Carry out all queued commands; ``wait`` for the first when there is nothing else to do.
+
+        Clients that were answered together ask again one shortly after the other. Then a step for the first
+        alone would hold up the others for longer than waiting for them takes.
+        """
+        patience_s = None if wait else 0.0
         while True:
             try:
-                command = self._inbox.get(block=wait)
+                command = self._inbox.get(patience_s != 0.0, patience_s)
             except queue.Empty:
                 return
-            wait = False
             if command is None:
                 self._stopping = True
             elif isinstance(command, TokenStream):
@@ -149,6 +155,7 @@ class EngineLoop:
             else:
                 for request_id in command:
                     self._abort(request_id)
+            patience_s = RETURN_S if wait and self._streams and self._ended > 0 else 0.0
 
     def _add(self, stream: TokenStream) -> None:
         """Hand a stream's requests to the engine; if it refuses one, the stream ends with that refusal."""
@@ -163,6 +170,7 @@ class EngineLoop:
                 self._push([(stream, _why_refused(error))])
                 return
             self._streams[request.request_id] = stream
+            self._ended -= 1
 
     def _abort(self, request_id: str) -> None:
         """Forget a request; one that is finished or was never added is ignored."""
@@ -176,6 +184,7 @@ class EngineLoop:
             self._fail(error)
             return
         delivery: Delivery = []
+        self._ended = sum(output.finish_reason is not None for output in outputs)
         for output in outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 delivery.append((stream, output))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic_core import to_json
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
 
@@ -72,9 +72,13 @@ class EventStream(Response):
             await self.events.aclose()
 
     async def write(self, send: Send) -> None:
-        """Send everything; one ASGI message for what has arrived together."""
+        """Send everything; one ASGI message, and so one write, for what has arrived together."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.first, "more_body": True})
+        await send(body_of(self.first))
         async for events in self.events:
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send(body_of(events))
+
+
+def body_of(events: bytes) -> Message:
+    """A part of the response, which ends with ``DONE``."""
+    return {"type": "http.response.body", "body": events, "more_body": not events.endswith(DONE)}

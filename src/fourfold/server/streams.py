@@ -40,6 +40,11 @@ class TokenStream:
         batch, self._arrived = self._arrived, []
         return batch
 
+    @property
+    def finished(self) -> bool:
+        """Whether every choice's last token has been handed out."""
+        return not (self._unfinished or self._arrived)
+
     def push(self, output: TokenOutput | ApiError) -> None:
         """Take one token, or the error that ends the stream. Called in the event loop."""
         if isinstance(output, ApiError):
