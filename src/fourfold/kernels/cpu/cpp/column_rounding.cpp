@@ -99,6 +99,15 @@ FOURFOLD_INLINE void load(const ColumnRounding& p, std::int64_t row, std::int64_
     }
 }
 
+// Rows lie far apart, which no hardware foresees.
+FOURFOLD_INLINE void fetch(const ColumnRounding& p, std::int64_t row, std::int64_t count) {
+    for (std::int64_t block = 0; block < p.columns / kBlock; ++block)
+        for (std::int64_t lane = 0; lane < count; ++lane) {
+            const float* from = p.weight + (row + lane) * p.width + p.starts[block];
+            for (std::int64_t j = 0; j < kBlock; j += 16) __builtin_prefetch(from + j, 1, 2);
+        }
+}
+
 // acc[t] = sum over i in [0, count) of matrix[t][i] * x[i], for t < kTogether, added to what is there.
 FOURFOLD_INLINE void add_products(const float* matrix, std::int64_t stride, const V* x, std::int64_t count, V* acc) {
     for (std::int64_t i = 0; i < count; ++i)
@@ -173,6 +182,22 @@ FOURFOLD_INLINE void pack(const I* codes, int bits, std::int64_t lane, std::uint
     }
 }
 
+// Rounds kTogether columns c, in units of their scale, in which w becomes q; `place` is theirs on the diagonal.
+template <bool kPull>
+FOURFOLD_INLINE void round_together(const ColumnRounding& p, const Grid& grid, std::int64_t place, V* w, V inverse,
+                                    V* c, V* errors, I* codes) {
+    for (std::int64_t j = 0; j < kTogether; ++j) {
+        const V q = grid.nearest(c[j]), error = w[j] * inverse - q;
+        for (std::int64_t k = j + 1; k < kTogether; ++k) {
+            c[k] += error * p.reach[place + k * p.columns + j];
+            if (kPull) c[k] += c[j] * p.pull[place + k * p.columns + j];
+        }
+        codes[j] = grid.code(q, p.element);
+        errors[j] = error;
+        w[j] = q;
+    }
+}
+
 template <bool kPull>
 FOURFOLD_INLINE void round_block(const ColumnRounding& p, const Grid& grid, std::int64_t row, std::int64_t count,
                                  std::int64_t begin, Columns& at) {
@@ -182,17 +207,20 @@ FOURFOLD_INLINE void round_block(const ColumnRounding& p, const Grid& grid, std:
     const V scale = power_of_two(byte), inverse = power_of_two(254 - byte);
     for (std::int64_t j = 0; j < kBlock; ++j) x[j] = at.before[begin + j] * inverse;
     I codes[kBlock];
+    V errors[kBlock];
+    for (std::int64_t first = 0; first < kBlock; first += kTogether) {
+        const std::int64_t own = (begin + first) * p.columns + begin;
+        V acc[kTogether];
+        for (std::int64_t t = 0; t < kTogether; ++t) acc[t] = x[first + t];
+        add_products(p.reach + own, p.columns, errors, first, acc);
+        if (kPull) add_products(p.pull + own, p.columns, x, first, acc);
+        round_together<kPull>(p, grid, own + first, &at.w[begin + first], inverse, acc, errors + first, codes + first);
+        for (std::int64_t t = 0; t < kTogether; ++t) x[first + t] = acc[t];
+    }
     for (std::int64_t j = 0; j < kBlock; ++j) {
-        const V q = grid.nearest(x[j]), error = at.w[begin + j] * inverse - q;
-        for (std::int64_t k = j + 1; k < kBlock; ++k) {
-            const std::int64_t place = (begin + k) * p.columns + begin + j;
-            x[k] += error * p.reach[place];
-            if (kPull) x[k] += x[j] * p.pull[place];
-        }
-        codes[j] = grid.code(q, p.element);
         at.before[begin + j] = x[j] * scale;
-        at.errors[begin + j] = error * scale;
-        at.w[begin + j] = q * scale;
+        at.errors[begin + j] = errors[j] * scale;
+        at.w[begin + j] *= scale;
     }
     const std::int64_t start = p.starts[begin / kBlock], run = p.element.bits * kBlock / 8;
     for (std::int64_t lane = 0; lane < count; ++lane) {
@@ -232,6 +260,7 @@ FOURFOLD_INLINE void round_rows(const ColumnRounding& p, std::int64_t begin, std
     for (std::int64_t row = begin * kRowsAtOnce; row < std::min(end * kRowsAtOnce, p.rows); row += kRowsAtOnce) {
         const std::int64_t count = std::min(kRowsAtOnce, p.rows - row);
         load(p, row, count, at);
+        fetch(p, row + count, std::min(kRowsAtOnce, p.rows - row - count));
         for (std::int64_t block = 0; block < p.columns; block += kBlock) {
             round_block<kPull>(p, grid, row, count, block, at);
             tell_later_columns<kPull>(p, block, at);
