@@ -88,9 +88,13 @@ def read(
     gates = parse_gates(gate, against is not None, chosen.gates)
     texts = read_texts(reading["text"]) if reading["text"] else default_texts()
     # logits of whole windows go past the paged cache, so that one block of it is enough
-    plain = EngineConfig(threads=engine_options["threads"], kv_block_size=16, kv_cache_tokens=16)
-    asked = {"arithmetic": engine_options["arithmetic"] or "auto"}
-    own = plain.model_copy(update=asked | {"kv_cache": check_kv_cache(engine_options["kv_cache"])})
+    plain = EngineConfig(
+        threads=engine_options["threads"],
+        kv_block_size=16,
+        kv_cache_tokens=16,
+        arithmetic=engine_options["arithmetic"] or "auto",  # of the base too: exact keeps its float16
+    )
+    own = plain.model_copy(update={"kv_cache": check_kv_cache(engine_options["kv_cache"])})
     engine = Engine.load(model, own)
     base = None if against is None else Engine.load(against, plain)
     given = reading["max_tokens_per_text"]
