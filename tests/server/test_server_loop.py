@@ -173,3 +173,18 @@ def test_nobody_is_waited_for_who_was_not_answered_just_before(monkeypatch):
 def test_those_who_do_not_come_back_are_not_waited_for_long(monkeypatch):
     monkeypatch.setattr("fourfold.server.loop.RETURN_S", 0.05)
     assert steps_after("abc", "d") == [1] * 3
+
+
+def test_nor_are_they_waited_for_twice(monkeypatch):
+    monkeypatch.setattr("fourfold.server.loop.RETURN_S", 1.0)
+    engine, start_s = ThreeTokens(), time.monotonic()
+    loop = EngineLoop(engine)
+
+    async def ask() -> None:
+        for names in ("abc", "d", "e", "f"):
+            await answered(loop, names)
+
+    asyncio.run(ask())
+    loop.stop()
+    assert engine.steps == [3] * 3 + [1] * 9
+    assert time.monotonic() - start_s < 1.9

@@ -25,7 +25,7 @@ logger = logging.getLogger("fourfold.server")
 
 T = TypeVar("T")
 Delivery = list[tuple[TokenStream, TokenOutput | ApiError]]
-RETURN_S = 0.002  # from one client's next request to another's, when both were answered by the same step
+RETURN_S = 0.002  # from one client's next request to another's, when both were answered shortly before
 
 
 class SteppingEngine(Protocol):
@@ -75,7 +75,7 @@ class EngineLoop:
         self._lock = threading.Lock()
         self._closed = self._stopping = False
         self._deadline = 0.0
-        self._ended = 0  # requests that the last step answered, less those that have come since
+        self._gone = 0  # clients that were answered, and may be back soon
         self._thread: threading.Thread | None = None
 
     def refusal(self) -> ApiError | None:
@@ -145,6 +145,7 @@ class EngineLoop:
             try:
                 command = self._inbox.get(patience_s != 0.0, patience_s)
             except queue.Empty:
+                self._gone = 0 if patience_s else self._gone
                 return
             if command is None:
                 self._stopping = True
@@ -155,7 +156,7 @@ class EngineLoop:
             else:
                 for request_id in command:
                     self._abort(request_id)
-            patience_s = RETURN_S if wait and self._streams and self._ended > 0 else 0.0
+            patience_s = RETURN_S if wait and self._streams and self._gone else 0.0
 
     def _add(self, stream: TokenStream) -> None:
         """Hand a stream's requests to the engine; if it refuses one, the stream ends with that refusal."""
@@ -170,7 +171,7 @@ class EngineLoop:
                 self._push([(stream, _why_refused(error))])
                 return
             self._streams[request.request_id] = stream
-            self._ended -= 1
+            self._gone = max(self._gone - 1, 0)
 
     def _abort(self, request_id: str) -> None:
         """Forget a request; one that is finished or was never added is ignored."""
@@ -184,7 +185,7 @@ class EngineLoop:
             self._fail(error)
             return
         delivery: Delivery = []
-        self._ended = sum(output.finish_reason is not None for output in outputs)
+        self._gone += sum(output.finish_reason is not None for output in outputs)
         for output in outputs:
             if (stream := self._streams.get(output.request_id)) is not None:
                 delivery.append((stream, output))
