@@ -1,12 +1,42 @@
-"""What to do when memory ends inside a layer: the same again in smaller batches, or a clear word."""
+"""Memory that layers use one after the other, and what to do when it ends inside one: the same again in
+smaller batches, or a clear word.
+"""
 
+import ctypes
 import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from fourfold.core.errors import FourfoldError
 
 CPU_WORDS = "can't allocate memory"  # torch raises a plain RuntimeError where the system has no more
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of malloc.h
+KEPT = {MMAP_THRESHOLD: 64 << 20, TRIM_THRESHOLD: 512 << 20}
+USUAL = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}  # glibc's own once 32 MiB have been freed
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Tensors of up to 64 MiB that are freed meanwhile leave their memory, up to 512 MiB, to the next.
+
+    glibc would give it back at once, and the system clear it anew page by page: 0.3 of 2.2 s for two layers
+    of hidden size 1024. Nothing happens where malloc is another.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    for option, value in KEPT.items():
+        libc.mallopt(option, value)
+    try:
+        yield
+    finally:
+        for option, value in USUAL.items():
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from fourfold.checkpoint.digests import digest
 from fourfold.compress.calibrated.loop import LayerLoop, key_of
+from fourfold.compress.calibrated.memory import memory_kept
 from fourfold.compress.calibrated.run import SEQUENCES_PER_PIECE
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet
@@ -49,7 +50,11 @@ def predict(
 
     ``begun_s`` is when the command began (time.perf_counter): what it did since counts as it is.
     """
-    with writing(beside), TemporaryDirectory(prefix=".fourfold-dry-run-", dir=beside) as folder:
+    with (
+        memory_kept(),
+        writing(beside),
+        TemporaryDirectory(prefix=".fourfold-dry-run-", dir=beside) as folder,
+    ):
         tokens, writing_s = _tokens(calibration)
         loop = LayerLoop(prepared, recipe, tokens, LayerStore(Path(folder)), device)
         learning = [chosen.name for chosen, _ in loop.passes if chosen.learn is not None]

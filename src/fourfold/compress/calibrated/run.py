@@ -9,6 +9,7 @@ import torch
 from fourfold.checkpoint import CheckpointWriter
 from fourfold.checkpoint.kv_scales import cached_projections
 from fourfold.compress.calibrated.loop import LayerLoop, LayerProgress
+from fourfold.compress.calibrated.memory import memory_kept
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet, SelfWritten
 from fourfold.compress.kv_calibration import scales
@@ -54,10 +55,11 @@ def finish_layers(
     if (manifest := writer.interrupted_manifest()) is not None:
         return Finished(rounded, manifest.card.notes, manifest.calibration, store.remove)
     tokens = settle(calibration, store, writing_progress)
-    loop = LayerLoop(prepared, recipe, tokens, store, device)
-    if spread is not None:
-        spread(loop, layer_progress)
-    made = loop.run(layer_progress)
+    with memory_kept():
+        loop = LayerLoop(prepared, recipe, tokens, store, device)
+        if spread is not None:
+            spread(loop, layer_progress)
+        made = loop.run(layer_progress)
     form = rounded.quantization.kv_cache
     writer.hold_kv_scales(scales(loop.kv, form, cached_projections(rounded.infos())))
     entries = {name: replace(rounded.entries[name], load=load) for name, load in made.items()}
