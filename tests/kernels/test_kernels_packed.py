@@ -138,14 +138,21 @@ def test_bias_is_added_after_the_sums(isa, arithmetic, kind):
 @each_isa
 def test_int8_rounding_is_the_references(isa):
     x = torch.cat([random_x(9, 96, torch.float32) * 10.0**e for e in range(-36, 36, 3)])
-    x[5, :32], x[7, 40] = 0, 1e30
+    x[5, :32], x[7, 40], x[8, :32], x[9, 32:64] = 0, 1e30, 2.0**-60, 2.0**-60 * (1 - 2**-20)
     # a weight of ones: a block's sum is exact, and one block a row makes y = scale * sum of codes
     ones = BlockTensor(
         "mxfp4", torch.full((16, 16), 0x22, dtype=torch.uint8), torch.full((16, 1), 127).byte()
     )
     codes, scales = round_to_int8_blocks(x.view(-1, 32))
     y = PackedWeight.pack(ones).linear(x.view(-1, 32), "int8", isa)
-    assert torch.equal(y[:, 3], codes.sum(-1, dtype=torch.int32).float() * scales[:, 0])
+    sums = codes.sum(-1, dtype=torch.int32).float() * scales[:, 0]
+    assert torch.equal(y[:, 3], sums)
+    # row i of this weight has ones in block i alone, and kernels may round many blocks at once
+    one_block = torch.eye(18, dtype=torch.uint8).repeat_interleave(16, 1) * 0x22
+    ones = BlockTensor("mxfp4", one_block, torch.full((18, 18), 127).byte())
+    blocks = len(sums) // 18 * 18
+    y = PackedWeight.pack(ones).linear(x.view(-1, 32)[:blocks].view(-1, 18 * 32), "int8", isa)
+    assert torch.equal(y.view(-1), sums[:blocks])
 
 
 def every_code_under_every_scale(kind: str) -> BlockTensor:
@@ -202,13 +209,18 @@ def test_zeros_give_zeros(isa, arithmetic, kind):
 @each_isa
 @each_kind
 def test_specials_in_x_spoil_their_row_only(isa, kind):
-    packed = PackedWeight.pack(weight_of(kind, 19, 96)[0])
-    for special, rows in ((torch.nan, 4), (torch.inf, 17), (-torch.inf, 4)):
-        x = random_x(rows, 96, torch.float32)
-        x[1, 70] = special
+    packed = PackedWeight.pack(weight_of(kind, 19, 608)[0])
+    for special, rows, place in (
+        (torch.nan, 4, 70),
+        (torch.inf, 17, 70),
+        (-torch.inf, 4, 600),
+        (torch.nan, 1, 600),
+    ):
+        x = random_x(rows + 1, 608, torch.float32)
+        x[1, place] = special
         for arithmetic in ("int8", "exact"):
             y = packed.linear(x, arithmetic, isa)
-            assert not y[1].isfinite().any() and y.isfinite().all(-1).sum() == rows - 1
+            assert not y[1].isfinite().any() and y.isfinite().all(-1).sum() == rows
             assert kind == "bf16" or arithmetic == "exact" or y[1].isnan().all()
 
 

@@ -3,11 +3,11 @@
 //
 // Two arithmetics. With kBlock = 32, codes c[n, i] of W and their scale 2^(s[n, b] - 127):
 //   int8   x becomes int8 codes q = round(x * (1 / scale)), ties to even, under a scale per block: the smallest of 9/8,
-//          5/4, 3/2 and 2 times a power of two that is amax / 127 or more. (A float has few bits then: its product with
-//          a sum is exact, and a shift and an addition make it. Rounding errors are 1.1 times those of amax / 127, where
-//          powers of two alone would make them 1.5 times as large.) A block is summed exactly in integers, then
-//          y += scale * 2^(s - 127) * sum in float32, block after block. A block below 2^-60 counts as zero. A block
-//          with a NaN or an Inf makes its row's y NaN.
+//          5/4, 3/2 and 2 times a power of two that is amax / 127 or more. (Its products with sums are exact, and a
+//          shift and an addition make them. Rounding errors are 1.1 times those of amax / 127; powers of two alone
+//          would make them 1.5 times as large.) A block is summed exactly in integers, then y += scale * 2^(s - 127) *
+//          sum in float32, block after block. A block below 2^-60 counts as zero. A block with a NaN or an Inf makes
+//          its row's y NaN.
 //   exact  x is rounded to bfloat16, the products of a block are summed in float32, then scaled and added.
 //          The processor's bfloat16 dot products take subnormal factors and sums (below 1.2e-38) as zero.
 // `kernels/reference.py` has the same in torch: round_to_int8_blocks and linear.

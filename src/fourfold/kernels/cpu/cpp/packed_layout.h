@@ -18,8 +18,8 @@ namespace fourfold {
 inline constexpr std::int64_t kPackedBlock = 32;
 
 // A block of a row of x for `int8`. Where the multipliers are busy with dot products, the scale's two parts are applied
-// by a shift and by an addition to the exponent. A row is padded to an odd number of cache lines, so that rows under each
-// other do not share the sets of a cache.
+// by a shift and by an addition to the exponent. A row is padded to an odd number of cache lines, so that rows under
+// each other do not share the sets of a cache.
 struct Int8Block {
     std::int8_t codes[32];
     float half_scale;    // of the scale, since E2M1 codes are held doubled; NaN where x has a NaN or an Inf
@@ -62,8 +62,8 @@ constexpr inline std::int64_t prepared_row_bytes(Arithmetic arithmetic, std::int
     return ((blocks_of(k) * block + 63) / 64 | 1) * 64;
 }
 
-// Fills in the scale of a block whose largest magnitude is `amax`, and returns what makes codes of its values: 1 / scale,
-// or 0 where it has none.
+// Fills in the scale of a block whose largest magnitude is `amax`, and returns what makes codes of its values:
+// 1 / scale, or 0 where it has none.
 inline float set_scale(float amax, Int8Block& block) {
     block.exponent = block.half_scale = amax < __builtin_inff() ? 0.0f : __builtin_nanf("");
     block.shift = 0;
@@ -74,7 +74,8 @@ inline float set_scale(float amax, Int8Block& block) {
     bits -= 1;  // a power of two is the last of those that reach up to it
     const std::uint32_t eighths = bits >> 20 & 7;
     block.shift = eighths >= 4 ? 0 : eighths >= 2 ? 1 : eighths >= 1 ? 2 : 3;
-    const std::int32_t exponent = static_cast<std::int32_t>(bits >> 23) - 128 - block.shift, field = (exponent + 127) << 23;
+    const std::int32_t exponent = static_cast<std::int32_t>(bits >> 23) - 128 - block.shift;
+    const std::int32_t field = (exponent + 127) << 23;
     float power;
     __builtin_memcpy(&power, &field, 4);
     block.exponent = static_cast<float>(exponent);
