@@ -6,9 +6,11 @@
 namespace fourfold {
 namespace {
 
+constexpr std::int64_t kFewRows = 32;  // for which decoding them twice is no slower than going through a cache
+
 template <typename Weight>
 void rows_of(const PackedLinear& call, std::int64_t tile_begin, std::int64_t tile_end) {
-    if (call.m <= Dot<Weight>::kMostRows) all_rows<Dot<Weight>>(call, tile_begin, tile_end);
+    if (call.m <= kFewRows) all_rows<Dot<Weight>>(call, tile_begin, tile_end);
     else many_rows<Weight>(call, tile_begin, tile_end);
 }
 
