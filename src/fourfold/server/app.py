@@ -45,8 +45,8 @@ def create_app(engine: Engine, loop: EngineLoop | None = None) -> FastAPI:
     app.state.service = service
     install_handlers(app)
     app.add_middleware(CountRequests, metrics=service.metrics)
+    add_generation_routes(app, service)  # first, since routes are tried in turn
     add_status_routes(app, service)
-    add_generation_routes(app, service)
     return app
 
 
