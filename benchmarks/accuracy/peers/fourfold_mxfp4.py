@@ -2,17 +2,23 @@
 
 python fourfold_mxfp4.py --model DIR --out DIR --scheme w4a16 --method gptq --tokens TOKENS.pt
 
-A method is a '+'-joined list of passes, such as rtn, gptq or smoothquant+gptq.
+A method is a '+'-joined list of passes, such as rtn, gptq or smoothquant+gptq. Imports are those of
+``fourfold quantize``, and so is how long torch's threads wait for work.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
-import torch
+from fourfold.core.imports import importing
 
-from fourfold.compress import load_recipe, quantize
-from fourfold.compress.calibration import CalibrationSet
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+with importing():
+    import torch
+
+    from fourfold.compress import load_recipe, quantize
+    from fourfold.compress.calibration import CalibrationSet
 
 INPUTS = {"w4a16": "", "w4a8": "activation: mxfp8-e4m3", "w4a4": "activation: mxfp4"}
 RECIPE = """\
