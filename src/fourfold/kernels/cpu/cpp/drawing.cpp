@@ -33,8 +33,8 @@ double sum_of(const std::uint64_t* begin, const std::uint64_t* end) {
     return sum;
 }
 
-// 1e-2, 1e-4, .. and at last 0.
-float next_floor(float floor) { return floor > kLowestFloor ? floor / 100.0f : 0.0f; }
+// 1e-2, 1e-3, .. and at last 0.
+float next_floor(float floor) { return floor > kLowestFloor ? floor / 10.0f : 0.0f; }
 
 }  // namespace
 
