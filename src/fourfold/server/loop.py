@@ -25,7 +25,7 @@ logger = logging.getLogger("fourfold.server")
 
 T = TypeVar("T")
 Delivery = list[tuple[TokenStream, TokenOutput | ApiError]]
-RETURN_S = 0.002  # from one client's next request to another's, when both were answered shortly before
+RETURN_S = 0.004  # from one client's next request to another's, when both were answered shortly before
 
 
 class SteppingEngine(Protocol):
