@@ -71,7 +71,7 @@ struct Rows {
         add<true>(panel.codes[0], even, even, panel.exponents[0]);
         std::int64_t b = 1;
         for (; b + 1 < blocks; b += 2) {
-            for (std::int64_t i = 0; i < lines; ++i, memory += 64) _mm_prefetch(memory, _MM_HINT_T1);
+            for (std::int64_t i = 0; i < lines; ++i, memory += 64) _mm_prefetch(memory, _MM_HINT_T0);
             add(panel.codes[b], odd, even, panel.exponents[b - 1]);
             add(panel.codes[b + 1], even, odd, panel.exponents[b]);
         }
