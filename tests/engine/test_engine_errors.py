@@ -192,7 +192,7 @@ def test_a_step_that_raised_can_be_repeated(tiny_llama, monkeypatch):
         engine.add(Request(str(i), tokens, greedy(6, presence_penalty=1.5, logprobs=2)))
     outputs = engine.step() + engine.step()
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(torch.Tensor, "topk", failing)
+        patch.setattr("fourfold.engine.sampling.logprobs_all", failing)
         engine.step()
     outputs += drain(engine)
     for i, tokens in enumerate(expected):
