@@ -177,3 +177,22 @@ def test_a_gpu_that_is_too_small_is_told(model, monkeypatch):
 def test_one_sequence_is_too_few(model):
     with pytest.raises(UsageError, match="at least two calibration sequences"):
         distill.learn(skeleton_of(model, "distill"), tokens(1), distill.Options.model_validate({}), unchanged)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_leaves_the_gradient_of_the_plain_one(model):
+    skeleton = Skeleton(prepared_by(model, recipe_of("distill", activation="mxfp4")), torch.device("cuda"))
+    base, student_model = WholeModel(skeleton), WholeModel(skeleton)
+    student = distill.start(skeleton, student_model, distill.Options.model_validate({}))
+    student.latents.write()
+    descend = distill.descent(base, student_model, 6)
+    gradients = []
+    for seed in range(6):
+        student.optimizer.zero_grad(set_to_none=False)
+        descend(tokens(6, seed=seed % 2).token_ids)
+        gradients.append(student.latents.values.grad.clone())
+    assert descend.recordable
+    for plain, replayed in zip(gradients[:2], gradients[4:], strict=True):
+        scale = plain.abs().max()
+        assert scale > 0 and (plain - replayed).abs().max() < 0.01 * scale
+    assert not torch.allclose(gradients[4], gradients[5])
