@@ -180,6 +180,7 @@ def test_one_sequence_is_too_few(model):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_replayed_step_leaves_the_gradient_of_the_plain_one(model):
     skeleton = Skeleton(prepared_by(model, recipe_of("distill", activation="mxfp4")), torch.device("cuda"))
     base, student_model = WholeModel(skeleton), WholeModel(skeleton)
