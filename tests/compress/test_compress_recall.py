@@ -23,6 +23,7 @@ def products(monkeypatch):
 def linear_with(held):
     linear = CalibratedLinear(8, 4)
     torch.nn.init.normal_(linear.weight)
+    torch.nn.init.normal_(linear.bias)
     linear.recall = held
     return linear.requires_grad_(False)
 

@@ -15,17 +15,20 @@ from torch.nn import functional as F
 
 
 class Product(NamedTuple):
-    """``y`` is what came of ``x``, as long as nobody has written to either since."""
+    """``y`` is what came of ``x``, as long as nobody has written to either since. ``weight`` is held so that
+    no other weight comes to lie where it lies.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
+    weight: torch.Tensor
     versions: tuple[int, int]
 
     @classmethod
     def of(cls, linear: nn.Linear, x: torch.Tensor) -> "Product":
         """The product of ``linear`` and ``x`` [..., in]."""
         y = F.linear(x, linear.weight, linear.bias)
-        return cls(x, y, (x._version, y._version))
+        return cls(x, y, linear.weight.data, (x._version, y._version))
 
     def answers(self, x: torch.Tensor) -> bool:
         """Whether ``y`` is what would come of ``x``."""
