@@ -1,6 +1,7 @@
 """The decoder as one C++ program: near float32's logits, and the same bits however the work is cut."""
 
 import shutil
+from array import array
 
 import numpy as np
 import pytest
@@ -126,6 +127,18 @@ def test_the_same_bits_however_the_work_is_cut(packed, alone, config):
         assert engine.stats.preemptions > 0 or "kv_cache_tokens" not in config
     finally:
         set_threads(before)
+
+
+def test_logits_of_chosen_rows_are_those_of_all(packed):
+    """The last layer computes for the chosen rows alone."""
+    engine, first, second = native(packed, kv_block_size=16), prompt(40), prompt(33, seed=1)
+    exact = np.concatenate([engine.logits(first), engine.logits(second)])
+    decoder = engine._native
+    decoder.use(engine.cache)
+    tokens, spans = array("i", first + second), array("i", (40, 0, 3, 33, 0, 3))
+    for chosen in ([], [39], [72], [0, 5, 6, 38, 39, 40, 41, 72], list(range(73))):
+        decoder.program.run(tokens, spans, array("i", range(6)), array("i", chosen))
+        assert np.array_equal(decoder._logits[: len(chosen)], exact[chosen])
 
 
 def test_shared_beginnings_change_no_bit(packed):

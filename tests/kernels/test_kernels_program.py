@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def program(rows: int = ROWS) -> "Program":
     return made
 
 
-def step(rows: int, chosen: tuple[int, ...] = ()) -> tuple[array, array, array, array]:
+def step(rows: int, chosen: Sequence[int] = ()) -> tuple[array, array, array, array]:
     tokens = array("i", [i % VOCABULARY for i in range(rows)])
     blocks = -(-rows // 16)
     return tokens, array("i", (rows, 0, blocks)), array("i", range(blocks)), array("i", chosen)
@@ -89,15 +90,17 @@ def test_norms_choose_rows_and_add():
     head, values = weight(VOCABULARY, WIDTH, 5)
     norm = (w * WIDTH**0.5, WIDTH * 1e-5)
     p.add_normed(added, norm, states)
-    p.prepared(states, ["exact"], norm, chosen=True)
+    p.choose(states)
+    p.prepared(states, ["exact"], norm)
     p.head(head, "exact", 0.0)
     states.first(ROWS).copy_(x)
     added.first(ROWS).copy_(2 * x)
-    chosen = (5, 0, 199, 5)
+    chosen = [0, 5, 6, 199]
     p.run(*step(ROWS, chosen))
     sums = x + torch.nn.functional.rms_norm(2 * x, (WIDTH,), w, 1e-5)
-    assert_close(states.first(ROWS), sums.numpy())
-    normed = torch.nn.functional.rms_norm(states.first(ROWS), (WIDTH,), w, 1e-5)[list(chosen)]
+    assert_close(states.first(4), sums[chosen].numpy())
+    assert_close(states.first(ROWS)[4:], sums[4:].numpy())
+    normed = torch.nn.functional.rms_norm(states.first(4), (WIDTH,), w, 1e-5)
     logits = normed.bfloat16().double().numpy() @ values.T
     assert_close(p.logits.first(4), logits, 3e-3)  # a norm on the edge of two bfloat16s may fall either way
     assert p.tokens[0, :4].tolist() == p.logits.first(4).argmax(-1).tolist()
@@ -108,7 +111,8 @@ def test_the_largest_logit_is_the_first_of_equals_and_any_nan():
     states = p.buffer(WIDTH)
     rows = torch.zeros(VOCABULARY, WIDTH)
     rows[[17, 40], 0] = 1.0
-    p.prepared(states, ["exact"], chosen=True)
+    p.choose(states)
+    p.prepared(states, ["exact"])
     p.head(PackedWeight.pack(rows.bfloat16()), "exact", 0.0)
     states.first(ROWS).zero_()
     states.data[0, 0], states.data[1, 0], states.data[2, 0] = 2.0, -2.0, torch.nan
@@ -119,7 +123,8 @@ def test_the_largest_logit_is_the_first_of_equals_and_any_nan():
 def test_capped_logits():
     p = program()
     states, (head, values) = p.buffer(WIDTH), weight(VOCABULARY, WIDTH, 6)
-    p.prepared(states, ["exact"], chosen=True)
+    p.choose(states)
+    p.prepared(states, ["exact"])
     p.head(head, "exact", 0.5)
     x = random(ROWS, WIDTH).bfloat16().float()
     states.first(ROWS).copy_(x)
@@ -184,7 +189,8 @@ def test_any_number_of_threads_and_rows_gives_the_same_bits():
         ({"spans": [1, 0]}, "three integers"),
         ({"tables": [64]}, "block that is not there"),
         ({"tables": [-1]}, "block that is not there"),
-        ({"chosen": [1]}, "chosen row"),
+        ({"chosen": [1]}, "chosen row is not there"),
+        ({"chosen": [0, 0]}, "not in their order"),
         ({"tokens": [0] * 201, "spans": [201, 0, 13], "tables": range(13)}, "more rows"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,

@@ -127,7 +127,7 @@ class NativeDecoder:
             if hidden is not None:
                 self._load(hidden[rows])
                 self.program.run(tokens, spans, tables, first=1, end=self.marks[0])
-            self.program.run(tokens, spans, tables, first=first, end=end)
+            self.program.run(tokens, spans, tables, array("i", range(len(tokens))), first, end)
             yield rows
 
     def _load(self, hidden: np.ndarray) -> None:
@@ -135,12 +135,14 @@ class NativeDecoder:
 
     def _head(self, out: np.ndarray) -> None:
         """Logits ``out`` [n, V] of the first n states."""
-        tokens = array("i", bytes(4 * len(out)))
-        spans = array("i", (len(out), 0, -(-len(out) // self.block_size)))
         for start in range(0, len(out), HEAD_ROWS):
-            rows = array("i", range(start, min(start + HEAD_ROWS, len(out))))
-            self.program.run(tokens, spans, array("i", bytes(4 * spans[2])), rows, first=self.marks[-1])
-            out[start : start + len(rows)] = self.program.logits.first(len(rows)).numpy()
+            count = min(HEAD_ROWS, len(out) - start)
+            self.hidden.first(count).copy_(self.hidden.first(start + count)[start:])
+            blocks = -(-count // self.block_size)
+            tokens, tables = array("i", bytes(4 * count)), array("i", bytes(4 * blocks))
+            spans, chosen = array("i", (count, 0, blocks)), array("i", range(count))
+            self.program.run(tokens, spans, tables, chosen, first=self.marks[-1])
+            out[start : start + count] = self.program.logits.first(count).numpy()
 
 
 class _Recording:
@@ -171,7 +173,7 @@ class _Recording:
             self.attention(layer, index)
             self.mlp(layer)
         self.target.marks.append(len(program))
-        program.prepared(self.x, {arithmetic}, norm_of(model.norm), scheme, chosen=True)
+        program.prepared(self.x, {arithmetic}, norm_of(model.norm), scheme)
         program.head(head, arithmetic, model.logit_softcap or 0.0)
 
     def attention(self, layer: Layer, index: int) -> None:
@@ -188,6 +190,8 @@ class _Recording:
         sinks = None if scoring.sinks is None else program.row(scoring.sinks)
         native, angles = program.native, self.angles[attention.rotary]
         native.heads(self.qkv.data, *heads, angles.data, norm, floor, index, kind, scales)
+        if index == shape.layers - 1:  # of rows whose logits nobody wants, keys and values are enough
+            program.choose(self.x, self.qkv._replace(columns=shape.heads * shape.head_dim))
         native.attention(
             self.qkv.data, *heads, self.attended.data, index, kind, scales,
             scoring.scale, scoring.softcap or 0.0, scoring.window or 0, sinks, shape.max_positions,

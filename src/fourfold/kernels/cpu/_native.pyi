@@ -81,7 +81,7 @@ def packed_unpack(data: Tensor, kind: str, n: int, rows: Tensor, out: Tensor) ->
 class Program:
     """See program.py, which says what the arguments are."""
 
-    def __init__(self, most_rows: int, most_chosen: int, vocabulary: int) -> None: ...
+    def __init__(self, most_rows: int, vocabulary: int) -> None: ...
     def __len__(self) -> int: ...
     @staticmethod
     def prepared_bytes(arithmetic: str, rows: int, k: int) -> int: ...
@@ -99,11 +99,11 @@ class Program:
         prepared: list[tuple[str, Tensor]] = ...,
         out: Tensor | None = None,
         accumulate: bool = False,
-        chosen: bool = False,
         each: int = 1,
     ) -> None:
-        """x [rows * each, n] (gated: 2 n) is chosen, gated, normed; then prepared, stored or added."""
+        """x [rows * each, n] (gated: 2 n) is gated, normed; then prepared, stored or added."""
 
+    def choose(self, buffers: list[tuple[Tensor, int]]) -> None: ...
     def route(
         self, x: Tensor, n: int, weight: Tensor, bias: Tensor | None, top_k: int, among_chosen: bool
     ) -> None: ...

@@ -104,7 +104,7 @@ class Mixture(NamedTuple):
 
 
 class Program:
-    """``rows`` tokens fit in a step, and those that are chosen go through the head.
+    """``rows`` tokens fit in a step, and of those that are chosen there are logits.
 
     ``logits`` [rows, vocabulary] and ``tokens`` [1, rows], the places of their largest, hold a run's results
     until the next. Tensors that are handed over must stay as they are; they are kept alive.
@@ -113,7 +113,7 @@ class Program:
     def __init__(self, rows: int, vocabulary: int, widest_input: int):
         assert native is not None, "programs need the C++ extension"
         self.rows = rows
-        self.native = native.Program(rows, rows, vocabulary)
+        self.native = native.Program(rows, vocabulary)
         self._kept: list[object] = []
         self._mixtures: dict[tuple, tuple[dict[str, Buffer], Tensor]] = {}
         self.logits = self.buffer(vocabulary)
@@ -155,13 +155,12 @@ class Program:
         inputs: Iterable[str],
         norm: Norm | None = None,
         scheme: InputScheme = AS_IT_IS,
-        chosen: bool = False,
     ) -> None:
-        """``x``, perhaps normed, of all rows or the chosen, as the input of linear layers of arithmetics."""
+        """``x``, perhaps normed, as the input of linear layers of arithmetics."""
         weight, floor = (None, 0.0) if norm is None else (self.row(norm[0]), norm[1])
         memory = [(name, self._memory[name]) for name in sorted(set(inputs))]
         made = self._scheme(scheme)
-        self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, **made, chosen=chosen)
+        self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, **made)
 
     def _scheme(self, scheme: InputScheme) -> dict[str, object]:
         self._kept.append(scheme.rotation)
@@ -227,8 +226,12 @@ class Program:
             self._mixtures[key] = buffers, self.keep(torch.empty(1, memory, dtype=torch.uint8))
         return self._mixtures[key]
 
+    def choose(self, *buffers: Buffer) -> None:
+        """What follows is of the chosen rows alone: in ``buffers`` they come to stand first."""
+        self.native.choose([(buffer.data, buffer.columns) for buffer in buffers])
+
     def head(self, w: PackedWeight, arithmetic: str, cap: float) -> None:
-        """``logits`` of the chosen rows, c tanh(logits / c) for a ``cap`` c above 0; and ``tokens``."""
+        """``logits``, c tanh(logits / c) for a ``cap`` c above 0; and ``tokens``."""
         self._kept.append(w)
         self.native.logits(w, (arithmetic, self._memory[arithmetic]), self.logits.data, self.tokens, cap)
 
@@ -241,7 +244,7 @@ class Program:
         first: int = 0,
         end: int | None = None,
     ) -> None:
-        """Operations ``first`` to ``end`` - 1 for a step; all arguments are 32-bit integers.
+        """Operations ``first`` to ``end`` - 1 for a step; all arguments are 32-bit integers, chosen in order.
 
         ``spans`` has three for each sequence: how many of ``tokens`` are its, where they stand, and how many
         blocks of ``tables`` are its. Raises ValueError for what does not fit.

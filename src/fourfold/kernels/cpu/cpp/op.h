@@ -8,14 +8,15 @@
 
 namespace fourfold {
 
-// The tokens of one run: rows of all buffers. Rows of a sequence stand together, at consecutive positions.
+// The tokens of one run: rows of all buffers. Rows of a sequence stand together, at consecutive positions. From the
+// operation on that brings the chosen rows together, a step has these alone, without tokens, positions and slots.
 struct Step {
     std::int64_t rows = 0;
     const std::int32_t* tokens = nullptr;  // [rows]
     std::vector<std::int32_t> positions;   // [rows]
     std::vector<std::int32_t> slots;       // [rows]: block * block_size + offset
     std::vector<SequenceSpan> spans;
-    const std::int32_t* chosen = nullptr;  // rows that go through the head
+    const std::int32_t* chosen = nullptr;  // rows whose logits are wanted, ascending
     std::int64_t chosen_rows = 0;
     char* cache = nullptr;  // [layers, blocks, block_size, 2 * kv_heads, head_dim]
     std::int64_t layer_bytes = 0;
@@ -42,8 +43,8 @@ public:
 // Operations on rows, one after the other: `cost` is nanoseconds a row, roughly.
 class RowOp : public Op {
 public:
-    RowOp(std::int64_t cost, bool head, std::int64_t each = 1)
-        : head_(head), each_(each), together_(cost < kChunkCost ? kChunkCost / cost : 1) {}
+    explicit RowOp(std::int64_t cost, std::int64_t each = 1)
+        : each_(each), together_(cost < kChunkCost ? kChunkCost / cost : 1) {}
     std::int64_t chunks(const Step& step) override { return (count(step) + together_ - 1) / together_; }
     void run(const Step& step, std::int64_t chunk, void* scratch) override {
         const std::int64_t begin = chunk * together_, end = begin + together_;
@@ -52,8 +53,7 @@ public:
 
 protected:
     virtual void rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) = 0;
-    std::int64_t count(const Step& step) const { return (head_ ? step.chosen_rows : step.rows) * each_; }
-    const bool head_;  // among the chosen rows rather than all
+    std::int64_t count(const Step& step) const { return step.rows * each_; }
     const std::int64_t each_;  // rows for each token
 
 private:

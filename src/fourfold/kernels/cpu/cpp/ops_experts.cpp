@@ -89,7 +89,7 @@ void Group::run(const Step& step, std::int64_t, void*) {
 }
 
 Gather::Gather(const Routing& routing, Prepared from, Prepared to)
-    : RowOp(50 + from.k / 32, false, routing.top_k), routing_(routing), from_(from), to_(to) {}
+    : RowOp(50 + from.k / 32, routing.top_k), routing_(routing), from_(from), to_(to) {}
 
 void Gather::rows(const Step&, std::int64_t begin, std::int64_t end, void*) {
     const std::int64_t bytes = prepared_bytes(from_.arithmetic, 1, from_.k);
@@ -123,7 +123,7 @@ void ExpertLinear::run(const Step&, std::int64_t chunk, void* scratch) {
 }
 
 Combine::Combine(const Routing& routing, Rows x, std::int64_t n, Rows out, bool accumulate)
-    : RowOp(50 + n * routing.top_k / 16, false), routing_(routing), x_(x), n_(n), out_(out), accumulate_(accumulate) {}
+    : RowOp(50 + n * routing.top_k / 16), routing_(routing), x_(x), n_(n), out_(out), accumulate_(accumulate) {}
 
 void Combine::rows(const Step&, std::int64_t begin, std::int64_t end, void*) {
     const std::int64_t k = routing_.top_k;

@@ -41,7 +41,7 @@ private:
 class Route final : public RowOp {
 public:
     Route(Routing& routing, bool among_chosen)
-        : RowOp(50 + routing.count() * routing.top_k / 4, false), routing_(routing), among_chosen_(among_chosen) {}
+        : RowOp(50 + routing.count() * routing.top_k / 4), routing_(routing), among_chosen_(among_chosen) {}
 
 private:
     void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;
@@ -53,7 +53,7 @@ private:
 class Group final : public Op {
 public:
     explicit Group(Routing& routing) : routing_(routing) {}
-    std::int64_t chunks(const Step& step) override { return step.rows > 0; }
+    std::int64_t chunks(const Step&) override { return 1; }
     void run(const Step& step, std::int64_t chunk, void* scratch) override;
 
 private:

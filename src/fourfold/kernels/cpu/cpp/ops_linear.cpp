@@ -26,7 +26,7 @@ Linear::Linear(LinearPath path)
     : path_(path), tiles_(packed_tiles(path.weight.n) / (path.sink == Sink::gate ? 2 : 1)) {}
 
 std::int64_t Linear::chunks(const Step& step) {
-    rows_ = path_.head ? step.chosen_rows : step.rows;
+    rows_ = step.rows;
     const std::int64_t pieces = divide_up(rows_, kRowsTogether);
     cut(std::min(rows_, kRowsTogether), pieces);
     return pieces * ranges_;

@@ -20,7 +20,6 @@ struct LinearPath {
     Rows out;  // from the first of the weight's columns on
     Sink sink = Sink::store;
     Gate gate{};
-    bool head = false;  // over as many rows as are chosen
 };
 
 class Linear : public Op {
@@ -75,7 +74,7 @@ private:
 
 class Argmax final : public RowOp {
 public:
-    Argmax(const Logits& logits, std::int32_t* tokens) : RowOp(1000, true), logits_(logits), tokens_(tokens) {}
+    Argmax(const Logits& logits, std::int32_t* tokens) : RowOp(1000), logits_(logits), tokens_(tokens) {}
 
 private:
     void rows(const Step& step, std::int64_t begin, std::int64_t end, void*) override;

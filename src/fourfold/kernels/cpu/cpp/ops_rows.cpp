@@ -12,7 +12,7 @@ std::int64_t cost(std::int64_t n, std::int64_t passes) { return 50 + n * passes 
 }  // namespace
 
 Embed::Embed(Table table, float scale, Rows out, std::int64_t n)
-    : RowOp(cost(n, 8), false), table_(table), scale_(scale), out_(out), n_(n) {}
+    : RowOp(cost(n, 8)), table_(table), scale_(scale), out_(out), n_(n) {}
 
 void Embed::rows(const Step& step, std::int64_t begin, std::int64_t end, void*) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -26,7 +26,7 @@ void Embed::rows(const Step& step, std::int64_t begin, std::int64_t end, void*) 
 }
 
 Angles::Angles(std::vector<float> speeds, float scale, Rows out)
-    : RowOp(static_cast<std::int64_t>(speeds.size()) * 20, false), speeds_(std::move(speeds)), scale_(scale), out_(out) {}
+    : RowOp(static_cast<std::int64_t>(speeds.size()) * 20), speeds_(std::move(speeds)), scale_(scale), out_(out) {}
 
 void Angles::rows(const Step& step, std::int64_t begin, std::int64_t end, void*) {
     const std::size_t half = speeds_.size();
@@ -41,11 +41,11 @@ void Angles::rows(const Step& step, std::int64_t begin, std::int64_t end, void*)
 }
 
 RowPathOp::RowPathOp(RowPath path)
-    : RowOp(cost(path.n, 4 + 6 * path.gated + 12 * path.scheme.any()), path.head, path.each), path_(std::move(path)) {}
+    : RowOp(cost(path.n, 4 + 6 * path.gated + 12 * path.scheme.any()), path.each), path_(std::move(path)) {}
 
-void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) {
+void RowPathOp::rows(const Step&, std::int64_t begin, std::int64_t end, void* scratch) {
     for (std::int64_t i = begin; i < end; ++i) {
-        const float* x = path_.x.row(path_.head && step.chosen ? step.chosen[i] : i);
+        const float* x = path_.x.row(i);
         float* made = path_.out.data && !path_.add ? path_.out.row(i) : static_cast<float*>(scratch);
         if (path_.gated) gate_row(path_.gate, x, x + path_.n, path_.n, made), x = made;
         if (path_.norm) norm_row(x, path_.norm, path_.floor, path_.n, made), x = made;
@@ -63,7 +63,18 @@ void RowPathOp::rows(const Step& step, std::int64_t begin, std::int64_t end, voi
     }
 }
 
-Heads::Heads(HeadPath path) : RowOp(cost((path.heads + 2 * path.kv_heads) * path.d, 6), false), path_(path) {}
+std::int64_t Choose::chunks(const Step& step) {
+    const bool moved = step.chosen_rows > 0 && step.chosen[step.chosen_rows - 1] >= step.chosen_rows;
+    return moved ? static_cast<std::int64_t>(buffers_.size()) : 0;
+}
+
+void Choose::run(const Step& step, std::int64_t chunk, void*) {
+    const auto& [rows, n] = buffers_[static_cast<std::size_t>(chunk)];
+    for (std::int64_t i = 0; i < step.chosen_rows; ++i)
+        if (step.chosen[i] != i) std::memcpy(rows.row(i), rows.row(step.chosen[i]), static_cast<std::size_t>(n) * 4);
+}
+
+Heads::Heads(HeadPath path) : RowOp(cost((path.heads + 2 * path.kv_heads) * path.d, 6)), path_(path) {}
 
 void Heads::rows(const Step& step, std::int64_t begin, std::int64_t end, void*) {
     const HeadPath& p = path_;

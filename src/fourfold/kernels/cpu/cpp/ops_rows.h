@@ -1,6 +1,7 @@
 // Operations that take each row for itself: what a decoder does between its linear layers.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "input_math.h"
@@ -49,11 +50,10 @@ private:
     Rows out_;
 };
 
-// A row goes through what is given of: choice of rows, norm, gate; and ends in `prepared`, in `out`, or is added there.
+// A row goes through what is given of: norm, gate; and ends in `prepared`, in `out`, or is added there.
 struct RowPath {
     Rows x;
     std::int64_t n;
-    bool head = false;             // rows of x are the chosen ones
     const float* norm = nullptr;   // weights as norm_row wants them
     float floor = 0.0f;
     bool gated = false;            // x is [2 n]: gate and up
@@ -73,6 +73,22 @@ public:
 private:
     void rows(const Step& step, std::int64_t begin, std::int64_t end, void* scratch) override;
     RowPath path_;
+};
+
+// The chosen rows of some buffers come to stand first: all that is wanted of the others are their keys and values, once
+// these are in the cache of the last layer.
+class Choose final : public Op {
+public:
+    struct Columns {
+        Rows rows;
+        std::int64_t n;
+    };
+    explicit Choose(std::vector<Columns> buffers) : buffers_(std::move(buffers)) {}
+    std::int64_t chunks(const Step& step) override;
+    void run(const Step& step, std::int64_t chunk, void* scratch) override;
+
+private:
+    std::vector<Columns> buffers_;
 };
 
 // Heads of queries and keys: normed, if they are, and turned; then keys and values go into the cache.

@@ -12,8 +12,7 @@ void require(bool holds, const char* problem) {
 
 }  // namespace
 
-Program::Program(std::int64_t most_rows, std::int64_t most_chosen, std::int64_t vocabulary)
-    : most_rows_(most_rows), most_chosen_(most_chosen), vocabulary_(vocabulary) {}
+Program::Program(std::int64_t most_rows, std::int64_t vocabulary) : most_rows_(most_rows), vocabulary_(vocabulary) {}
 
 Op& Program::add(std::unique_ptr<Op> op) {
     scratch_bytes_ = std::max(scratch_bytes_, op->scratch_bytes());
@@ -33,6 +32,7 @@ void Program::run(std::int64_t begin, std::int64_t end, const StepInput& input) 
     require(begin >= 0 && end <= size(), "there are no such operations");
     check(input);
     place(input);
+    place_chosen();
     walk(*this, begin, end);
 }
 
@@ -40,15 +40,17 @@ void Program::run(std::int64_t op, std::int64_t chunk, int thread) {
     auto& scratch = scratch_[static_cast<std::size_t>(thread)];
     if (!scratch) scratch.reset(new unsigned char[static_cast<std::size_t>(scratch_bytes_) + 64]);
     const auto address = reinterpret_cast<std::uintptr_t>(scratch.get());
-    ops_[static_cast<std::size_t>(op)]->run(step_, chunk, scratch.get() + (64 - address % 64) % 64);
+    ops_[static_cast<std::size_t>(op)]->run(step_of(op), chunk, scratch.get() + (64 - address % 64) % 64);
 }
 
 void Program::check(const StepInput& input) const {
-    require(input.token_count <= most_rows_ && input.chosen_count <= most_chosen_, "more rows than there is room for");
+    require(input.token_count <= most_rows_, "more rows than there is room for");
     for (std::int64_t i = 0; i < input.token_count; ++i)
         require(input.tokens[i] >= 0 && input.tokens[i] < vocabulary_, "a token is not in the vocabulary");
-    for (std::int64_t i = 0; i < input.chosen_count; ++i)
+    for (std::int64_t i = 0; i < input.chosen_count; ++i) {
         require(input.chosen[i] >= 0 && input.chosen[i] < input.token_count, "a chosen row is not there");
+        require(i == 0 || input.chosen[i - 1] < input.chosen[i], "chosen rows are not in their order");
+    }
     for (std::int64_t i = 0; i < input.table_count; ++i)
         require(input.tables[i] >= 0 && input.tables[i] < blocks_, "a table names a block that is not there");
     std::int64_t rows = 0, entries = 0;
@@ -81,6 +83,21 @@ void Program::place(const StepInput& input) {
             step_.slots.push_back(table[at / size] * size + at % size);
         }
         table += span.blocks;
+    }
+}
+
+void Program::place_chosen() {
+    chosen_.rows = step_.chosen_rows;
+    chosen_.cache = step_.cache;
+    chosen_.layer_bytes = step_.layer_bytes;
+    chosen_.block_size = step_.block_size;
+    chosen_.spans.clear();
+    const SequenceSpan* span = step_.spans.data();
+    for (std::int64_t i = 0; i < step_.chosen_rows; ++i) {
+        const std::int64_t row = step_.chosen[i];
+        while (row >= span->row + span->count) ++span;
+        if (i > 0 && step_.chosen[i - 1] == row - 1 && row > span->row) ++chosen_.spans.back().count;
+        else chosen_.spans.push_back({i, 1, span->start + row - span->row, span->blocks});
     }
 }
 

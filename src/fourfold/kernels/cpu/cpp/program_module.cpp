@@ -110,8 +110,8 @@ Prepared prepared_of(const Memory& memory, std::int64_t rows, std::int64_t k) {
 
 class Recorder {
 public:
-    Recorder(std::int64_t most_rows, std::int64_t most_chosen, std::int64_t vocabulary)
-        : program_(most_rows, most_chosen, vocabulary), rows_(most_rows), chosen_(most_chosen), vocabulary_(vocabulary) {}
+    Recorder(std::int64_t most_rows, std::int64_t vocabulary)
+        : program_(most_rows, vocabulary), rows_(most_rows), vocabulary_(vocabulary) {}
 
     std::int64_t size() const { return program_.size(); }
 
@@ -152,14 +152,13 @@ public:
 
     void rows(nb::handle x, std::int64_t n, nb::handle norm, float floor, const std::string& gate, float alpha, float limit,
               const std::vector<Memory>& prepared, nb::handle rotation, nb::handle element, nb::handle out, bool accumulate,
-              bool chosen, std::int64_t each) {
-        const std::int64_t rows = (chosen ? chosen_ : rows_) * each;
+              std::int64_t each) {
+        const std::int64_t rows = rows_ * each;
         RowPath path;
         path.n = n;
-        path.head = chosen;
         path.gated = !gate.empty();
         path.gate = {activation_of(gate), alpha, limit};
-        path.x = rows_of(x, "x", rows_ * each, path.gated ? 2 * n : n);
+        path.x = rows_of(x, "x", rows, path.gated ? 2 * n : n);
         path.norm = floats_of(norm, "norm", 1, n);
         path.floor = floor;
         path.scheme = scheme_of(rotation, element, n);
@@ -186,12 +185,19 @@ public:
     }
 
     void logits(nb::handle weight, const Memory& input, nb::handle out, nb::handle tokens, float cap) {
-        LinearPath path = linear_path(weight, input, out, 0, chosen_);
-        path.head = true;
+        LinearPath path = linear_path(weight, input, out, 0, rows_);
         Matrix chosen(tokens, "tokens", true);
-        if (chosen.dtype() != nb::dtype<std::int32_t>() || chosen.columns() < chosen_) chosen.fail("is no room for tokens");
-        const Logits& logits = add<Logits>(path, chosen_, cap);
+        if (chosen.dtype() != nb::dtype<std::int32_t>() || chosen.columns() < rows_) chosen.fail("is no room for tokens");
+        const Logits& logits = add<Logits>(path, rows_, cap);
         add<Argmax>(logits, chosen.data<std::int32_t>());
+    }
+
+    // What follows is of the chosen rows alone, which come to stand first in the given columns of buffers.
+    void choose(const std::vector<std::pair<nb::object, std::int64_t>>& buffers) {
+        std::vector<Choose::Columns> columns;
+        for (const auto& [buffer, n] : buffers) columns.push_back({rows_of(buffer, "buffer", rows_, n), n});
+        add<Choose>(std::move(columns));
+        program_.narrow();
     }
 
     // The float32 router, and what it decides for the expert layers that follow, until the next router.
@@ -305,7 +311,7 @@ private:
 
     Program program_;
     std::vector<std::unique_ptr<Routing>> routings_;
-    const std::int64_t rows_, chosen_, vocabulary_;
+    const std::int64_t rows_, vocabulary_;
     std::vector<std::pair<std::int64_t, std::unique_ptr<void, Free>>> scratches_;
 };
 
@@ -313,17 +319,18 @@ private:
 
 void bind_program(nb::module_& module) {
     nb::class_<Recorder>(module, "Program")
-        .def(nb::init<std::int64_t, std::int64_t, std::int64_t>(), "most_rows"_a, "most_chosen"_a, "vocabulary"_a)
+        .def(nb::init<std::int64_t, std::int64_t>(), "most_rows"_a, "vocabulary"_a)
         .def("__len__", &Recorder::size)
         .def_static("apply_scheme", &Recorder::apply, "x"_a, "rotation"_a.none(), "element"_a.none(), "out"_a)
         .def_static("prepared_bytes", &Recorder::prepared_size, "arithmetic"_a, "rows"_a, "k"_a)
         .def("embed", &Recorder::embed, "table"_a, "scale"_a, "out"_a)
         .def("angles", &Recorder::angles, "speeds"_a, "scale"_a, "out"_a)
         .def("rows", &Recorder::rows, "x"_a, "n"_a, "norm"_a.none() = nb::none(), "floor"_a = 0.0f, "kind"_a = "", "alpha"_a = 1.0f, "limit"_a = 0.0f,
-             "prepared"_a = std::vector<Memory>(), "rotation"_a.none() = nb::none(), "element"_a.none() = nb::none(), "out"_a.none() = nb::none(), "accumulate"_a = false, "chosen"_a = false,
+             "prepared"_a = std::vector<Memory>(), "rotation"_a.none() = nb::none(), "element"_a.none() = nb::none(), "out"_a.none() = nb::none(), "accumulate"_a = false,
              "each"_a = 1)
         .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
         .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
+        .def("choose", &Recorder::choose, "buffers"_a)
         .def("route", &Recorder::route, "x"_a, "n"_a, "weight"_a, "bias"_a.none(), "top_k"_a, "among_chosen"_a)
         .def("gather", &Recorder::gather, "source"_a, "target"_a, "k"_a)
         .def("experts", &Recorder::experts, "weights"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
