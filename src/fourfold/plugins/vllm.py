@@ -7,13 +7,12 @@ by its platform and kernel type, and asks it what it can do. Nothing here import
 all of it can be tried without it. The layer's checkpoint tensors are replaced by their packed tiles when a
 model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``. It
 is computed by vLLM's own OpenMP threads: bound to cores, these spin between their uses, and others would get
-half of each core. While other work is seen there, threads of ours compute, which wait less for each other.
+half of each core.
 
 vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 or leaves them
 (compressed-tensors W4A16 comes with the key of W4A4); like its Marlin kernel on a GPU this one multiplies
 weights only, and says so."""
 
-import os
 from functools import cache
 from typing import Any
 
@@ -24,8 +23,6 @@ from fourfold.formats import BlockTensor
 from fourfold.kernels import native_available, native_problem, set_threads
 from fourfold.kernels.cpu import native, share_openmp_threads
 from fourfold.kernels.cpu.packed import PackedWeight
-
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 library = torch.library.Library("fourfold", "FRAGMENT")
 library.define("mxfp4_linear(Tensor x, Tensor tiles, int n) -> Tensor")
@@ -84,21 +81,9 @@ class FourfoldMxFp4LinearKernel:
 
 @cache
 def share_threads() -> None:
-    """Compute with torch's threads, or, beside other work, with as many of our own.
-
-    vLLM binds its threads to one core each, and a thread inherits the cores of the one that starts it; ours
-    are free to run on those that this process had when it began.
-    """
-    bound = None if CORES is None else os.sched_getaffinity(0)
-    if CORES is not None:
-        os.sched_setaffinity(0, CORES)
-    try:
-        set_threads(torch.get_num_threads())
-        PackedWeight.pack(torch.zeros(64, 32)).linear(torch.zeros(1, 32), "exact")  # threads start when used
-        share_openmp_threads()
-    finally:
-        if bound is not None:
-            os.sched_setaffinity(0, bound)
+    """Compute with the threads that torch has, which vLLM binds to one core each."""
+    share_openmp_threads()
+    set_threads(torch.get_num_threads())
 
 
 def register() -> None:

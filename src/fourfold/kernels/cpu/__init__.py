@@ -37,7 +37,7 @@ def threads() -> int:
 
 
 def share_openmp_threads(share: bool = True) -> bool:
-    """Compute with the threads of the process's OpenMP (torch's) on quiet cores. Returns whether it has one.
+    """Compute with the threads of the process's OpenMP (torch's) instead of own ones. Whether it has one.
 
     OpenMP's threads spin for milliseconds after each use, where they are bound to cores on these, so that own
     threads would get half of a core beside them.

@@ -17,9 +17,11 @@ using namespace nb::literals;
 namespace fourfold {
 namespace {
 
-constexpr std::int64_t kRowsTogether = 64;     // of which float32 stay in a core's cache, for as many tiles:
-constexpr std::int64_t kTilesTogether = 64;
-constexpr std::int64_t kLeastProducts = 1 << 15;  // that are worth handing to another thread
+constexpr std::int64_t kRowsTogether = 128;  // prepared, they stay in a core's cache, as do their sums with
+constexpr std::int64_t kTilesTogether = 16;
+constexpr std::int64_t kChunksPerThread = 4;
+constexpr std::int64_t kLeastValues = 1 << 13;  // that are worth preparing in another thread, and
+constexpr std::int64_t kLeastProducts = 1 << 15;
 
 // Grows and never shrinks; 64-byte aligned. One for each thread and use.
 class Scratch {
@@ -37,46 +39,55 @@ private:
 };
 thread_local Scratch t_prepared, t_values;
 
-struct Layer {
-    PackedWeight weight;
-    const std::uint16_t* x;
-    std::int64_t m;
-    std::uint16_t* out;
-    char* prepared;
-    std::int64_t bytes(std::int64_t rows) const { return prepared_bytes(Arithmetic::int8, rows, weight.k); }
+// A walk of two operations: rows of x are prepared; then sets of them meet ranges of tiles.
+class Layer final : public Walk {
+public:
+    Layer(const PackedWeight& weight, const std::uint16_t* x, std::int64_t m, std::uint16_t* out)
+        : weight_(weight), x_(x), m_(m), out_(out), prepared_(t_prepared.get<char>(bytes(m))) {}
+
+    std::int64_t open(std::int64_t op) override {
+        const std::int64_t wanted = kChunksPerThread * threads(), tiles = packed_tiles(weight_.n);
+        if (op == 0) return parts_ = std::min({wanted, m_ * weight_.k / kLeastValues + 1, m_});
+        sets_ = (m_ + kRowsTogether - 1) / kRowsTogether;
+        const std::int64_t few = (tiles + kTilesTogether - 1) / kTilesTogether;
+        ranges_ = m_ > 0 ? std::max(few, std::min({wanted, m_ * weight_.k * kTileRows * tiles / kLeastProducts + 1, tiles})) : 0;
+        return sets_ * ranges_;
+    }
+
+    void run(std::int64_t op, std::int64_t chunk, int) override {
+        if (op == 0) return prepare_rows(m_ * chunk / parts_, m_ * (chunk + 1) / parts_);
+        const std::int64_t set = chunk / ranges_, range = chunk % ranges_, tiles = packed_tiles(weight_.n);
+        multiply(m_ * set / sets_, m_ * (set + 1) / sets_, tiles * range / ranges_, tiles * (range + 1) / ranges_);
+    }
+
+private:
+    std::int64_t bytes(std::int64_t rows) const { return prepared_bytes(Arithmetic::int8, rows, weight_.k); }
 
     void prepare_rows(std::int64_t begin, std::int64_t end) const {
-        float* wide = t_values.get<float>(weight.k);
+        const std::int64_t k = weight_.k;
+        float* wide = t_values.get<float>(k);
         for (std::int64_t i = begin; i < end; ++i) {
-            widen_row(x + i * weight.k, weight.k, wide);
-            prepare(Arithmetic::int8, wide, weight.k, 1, weight.k, 0, 1, prepared + bytes(i));
+            widen_row(x_ + i * k, k, wide);
+            prepare(Arithmetic::int8, wide, k, 1, k, 0, 1, prepared_ + bytes(i));
         }
     }
 
-    void multiply(std::int64_t begin, std::int64_t end) const {
-        const std::int64_t first = begin * kTileRows, stride = (end - begin) * kTileRows;
-        const std::int64_t columns = std::min(stride, weight.n - first);
-        float* sums = t_values.get<float>(kRowsTogether * stride);
-        for (std::int64_t row = 0; row < m; row += kRowsTogether) {
-            const std::int64_t rows = std::min(kRowsTogether, m - row);
-            linear(weight, Arithmetic::int8, prepared + bytes(row), rows, sums - first, stride, begin, end);
-            for (std::int64_t i = 0; i < rows; ++i)
-                narrow_row(sums + i * stride, columns, out + (row + i) * weight.n + first);
-        }
+    void multiply(std::int64_t row, std::int64_t end_row, std::int64_t tile, std::int64_t end_tile) const {
+        const std::int64_t first = tile * kTileRows, stride = (end_tile - tile) * kTileRows, rows = end_row - row;
+        const std::int64_t columns = std::min(stride, weight_.n - first);
+        float* sums = t_values.get<float>(rows * stride);
+        linear(weight_, Arithmetic::int8, prepared_ + bytes(row), rows, sums - first, stride, tile, end_tile);
+        for (std::int64_t i = 0; i < rows; ++i)
+            narrow_row(sums + i * stride, columns, out_ + (row + i) * weight_.n + first);
     }
+
+    const PackedWeight weight_;
+    const std::uint16_t* const x_;
+    const std::int64_t m_;
+    std::uint16_t* const out_;
+    char* const prepared_;
+    std::int64_t parts_ = 1, sets_ = 1, ranges_ = 1;
 };
-
-// Calls layer.part(begin, end) over [0, count), each of so many products.
-template <void (Layer::*part)(std::int64_t, std::int64_t) const>
-void share(const Layer& layer, std::int64_t count, std::int64_t products) {
-    const std::int64_t fair = (count + threads() * 4 - 1) / (threads() * 4);
-    const std::int64_t grain = std::max(fair, kLeastProducts / std::max<std::int64_t>(1, products));
-    const auto body = [](const void* context, std::int64_t begin, std::int64_t end) {
-        for (; begin < end; begin += kTilesTogether)
-            (static_cast<const Layer*>(context)->*part)(begin, std::min(end, begin + kTilesTogether));
-    };
-    parallel_for(count, grain, body, &layer);
-}
 
 // out [m, n] = x [m, k] times the weight transposed, both bfloat16; `data` holds MXFP4 tiles.
 void linear_bf16(nb::handle x_tensor, nb::handle data_tensor, nb::handle out_tensor) {
@@ -90,11 +101,9 @@ void linear_bf16(nb::handle x_tensor, nb::handle data_tensor, nb::handle out_ten
         data.fail("must be [tiles, bytes of a tile] for this n and k");
     if (reinterpret_cast<std::uintptr_t>(data.data()) % 64) data.fail("must lie on a multiple of 64 bytes");
     nb::gil_scoped_release unlocked;
-    Layer layer{{WeightKind::mxfp4, n, k, data.data<const std::uint8_t>(), nullptr},
-                x.data<const std::uint16_t>(), m, out.data<std::uint16_t>(), nullptr};
-    layer.prepared = t_prepared.get<char>(layer.bytes(m));
-    share<&Layer::prepare_rows>(layer, m, k);
-    share<&Layer::multiply>(layer, packed_tiles(n), kTileRows * k * m);
+    Layer layer({WeightKind::mxfp4, n, k, data.data<const std::uint8_t>(), nullptr}, x.data<const std::uint16_t>(), m,
+                out.data<std::uint16_t>());
+    walk(layer, 0, 2);
 }
 
 }  // namespace

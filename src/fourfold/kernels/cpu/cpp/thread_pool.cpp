@@ -29,8 +29,6 @@ constexpr auto kSpinInside = std::chrono::microseconds(50);
 // Between walks a waiter spins, then offers its core between looks: waking a sleeper costs as much as a layer.
 constexpr auto kSpinBetween = std::chrono::microseconds(100);
 constexpr auto kYieldBetween = std::chrono::microseconds(500);
-constexpr auto kLate = std::chrono::microseconds(500);
-constexpr int kPatience = 20;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -86,7 +84,7 @@ public:
 
     void run(Walk& walk, std::int64_t begin, std::int64_t end) {
         std::unique_lock<std::mutex> walking(walking_, std::try_to_lock);
-        const Team team = Clock::now() < team_again_ ? nullptr : g_team.load();
+        const Team team = g_team.load();
         if (!walking.owns_lock() || (workers_.empty() && !team)) return walk_alone(walk, begin, end);
         walk_ = &walk;
         end_ = end;
@@ -107,17 +105,13 @@ public:
     }
 
 private:
-    // A team waits for each of its threads, even for one that the system has put aside before it took a chunk. When
-    // other work on the cores is seen by that, own threads walk for many times as long as it took to see.
+    // Its threads come and go by themselves: to be called costs them as much as to find nothing left.
     void run_in_team(Team team, std::int64_t begin) {
         open_next(begin, 0);
         if (look().chunks() == 0) return;
         members_.store(0);
         const auto body = [](void* pool) { static_cast<ThreadPool*>(pool)->take_part(); };
         team(body, this, static_cast<unsigned>(threads()), 0);
-        const auto now = Clock::now();
-        const Clock::duration late = now - over_.load();
-        if (late > kLate) team_again_ = now + kPatience * late;
     }
 
     void take_part() {
@@ -129,6 +123,7 @@ private:
     }
 
     void start(int count) {
+        if (g_team.load()) count = 1;
         stopping_ = false;
         first_helper_ = count;
         const bool alone = count == 1 || count > available_cores();  // the latter disturb each other
@@ -172,7 +167,6 @@ private:
             }
             if (chunks == 1) walk_->run(op, 0, thread);
         }
-        over_.store(Clock::now());
         publish(0);
     }
 
@@ -237,8 +231,6 @@ private:
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> stopping_{false}, helping_{false};
     std::atomic<int> members_{0};
-    std::atomic<Clock::time_point> over_{};  // when the last walk's last chunk was done
-    Clock::time_point team_again_{};         // of who holds walking_
     Walk* walk_ = nullptr;  // this and end_ are read by who holds a valid ticket
     std::int64_t end_ = 0;
     int first_helper_ = 1;
@@ -304,7 +296,10 @@ void set_threads(int count) {
     g_threads.store(count);
 }
 
-void use_team(Team team) { g_team.store(team); }
+void use_team(Team team) {
+    g_team.store(team);
+    if (g_pool.load()) g_pool.load()->resize(threads());
+}
 
 void expect_contention(bool expected) { Contention::expected.store(expected); }
 

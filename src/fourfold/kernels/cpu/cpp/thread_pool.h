@@ -40,8 +40,8 @@ void set_threads(int count);  // 1 to kMostThreads, the caller included; waits f
 
 // OpenMP's GOMP_parallel: body(data) in `threads` threads, flags 0; returns when all have.
 using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-// Walk with another runtime's threads from now on, but while there is other work on the cores: beside threads that spin
-// for their next work own ones would have to share their cores. Null: own threads again.
+// Walk with another runtime's threads from now on: beside those that spin for their next work own ones would have to
+// share their cores. Null: own threads again.
 void use_team(Team team);
 
 // For tests: while this is so, helpers take part in every walk.
