@@ -9,6 +9,7 @@ from layer_at_work import at_work, build_model, recipe_of, run_passes, tokens
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import quantize
+from fourfold.compress.calibrated.author import continue_together
 from fourfold.compress.calibrated.loop import LayerLoop
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.store import LayerStore
@@ -116,6 +117,17 @@ def test_training_begins_where_the_rotation_ended(model, tmp_path, rotation):
 def test_the_divergence_falls(model, before, activation, options):
     first, least = learn(model, *before, activation=activation, **options)[distill.REPORT].tolist()
     assert least < (0.9 if options else 0.75) * first
+
+
+def test_own_text_goes_on_from_runs_of_the_calibration_text(model):
+    text, net = tokens(3).token_ids, WholeModel(skeleton_of(model, "distill"))
+    written = continue_together(net, text, 10, seed=4)
+    assert written.shape == (10, text.shape[1])
+    assert torch.equal(written, continue_together(net, text, 10, seed=4))
+    runs = {tuple(run.tolist()) for row in text for run in row.unfold(0, 8, 1)}
+    assert all(tuple(row[:8].tolist()) in runs for row in written)
+    half = text.shape[1] // 2
+    assert not any(tuple(row[half:][:8].tolist()) in runs for row in written)
 
 
 def test_a_step_that_leads_astray_is_not_kept(model):

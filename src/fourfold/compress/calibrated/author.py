@@ -5,6 +5,7 @@ are then drawn from the model's own distribution (LLM-QAT, arXiv:2305.17888, "hy
 ends the next one begins. Price: the model in float32 on the device, and one forward pass per token.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fourfold.compress.resolve import open_source, resolve
 from fourfold.core.errors import FourfoldError
 
 GREEDY_TOKENS = 3
+BEGINNING_TOKENS = (8, 16, 32, 64, 128)
 
 
 class WholeAuthor:
@@ -88,35 +90,40 @@ def draw(logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tenso
 
 
 @torch.no_grad()
-def write_together(
-    model: WholeModel, samples: int, sequence_tokens: int, seed: int, at_once: int = 1024
+def continue_together(
+    model: WholeModel, text: torch.Tensor, samples: int, seed: int, at_once: int = 1024
 ) -> torch.Tensor:
-    """``samples`` sequences as ``WholeAuthor`` writes them, int64 [samples, sequence_tokens], each from a
-    random first token. All are drawn from one generator on the model's device, which is far faster; what is
-    written then depends on that device and on ``at_once``.
+    """``samples`` sequences, int64 [samples, T], that begin with a run of tokens from anywhere in ``text``
+    [n, T] and go on as the model does. Runs are of ``BEGINNING_TOKENS``, but at most half of T. Drawn
+    from one generator on the model's device, which is far faster than one for each sequence; what is written
+    then depends on that device and on ``at_once``.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    pieces = [
-        _write_piece(model, min(at_once, samples - first), sequence_tokens, generator)
-        for first in range(0, samples, at_once)
-    ]
+    text, pieces = text.to(model.device), []
+    at_once = min(at_once, math.ceil(samples / len(BEGINNING_TOKENS)))
+    for number, first in enumerate(range(0, samples, at_once)):
+        length = min(BEGINNING_TOKENS[number % len(BEGINNING_TOKENS)], text.shape[1] // 2)
+        begun = runs_of(text, min(at_once, samples - first), length, generator)
+        pieces.append(_go_on(model, begun, text.shape[1], generator))
     return torch.cat(pieces)
 
 
-def _write_piece(
-    model: WholeModel, count: int, sequence_tokens: int, generator: torch.Generator
+def runs_of(text: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """``count`` runs of ``length`` neighbours from random places in ``text`` [n, T]: [count, length]."""
+    draws = {"generator": generator, "device": text.device}
+    rows = torch.randint(len(text), (count, 1), **draws)
+    starts = torch.randint(text.shape[1] - length + 1, (count, 1), **draws)
+    return text[rows, starts + torch.arange(length, device=text.device)]
+
+
+def _go_on(
+    model: WholeModel, begun: torch.Tensor, sequence_tokens: int, generator: torch.Generator
 ) -> torch.Tensor:
-    device = model.device
-    vocabulary = model.net.get_input_embeddings().num_embeddings  # pyright: ignore
-    new = torch.randint(vocabulary, (count, 1), generator=generator, device=device)
-    tokens, cache = [new], None
-    while len(tokens) < sequence_tokens:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+    tokens, new, cache = [begun], begun, None
+    for _ in range(sequence_tokens - begun.shape[1]):
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
             out = model.net(input_ids=new, past_key_values=cache, use_cache=True)
-        cache, logits = out.past_key_values, out.logits[:, -1].float()
-        if len(tokens) <= GREEDY_TOKENS:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        cache = out.past_key_values
+        new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
         tokens.append(new)
     return torch.cat(tokens, 1).cpu()

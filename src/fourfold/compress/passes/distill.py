@@ -7,9 +7,10 @@ can make up for each other, which no method that goes layer by layer lets them, 
 simulated. ``norms`` also trains the norm weights of the decoder layers, which are kept in their own dtype.
 
 Few tokens tell little about many weights, so the model writes ``own`` more sequences by itself, as many as
-training wants: they cost time and no data, and cannot be overfitted for long. The last ``holdout`` share of
-the calibration set is never trained on; of the start and ``checks`` later points the one with the smallest
-divergence there is kept. Only rotations may come before it.
+training wants: they cost time and no data, and cannot be overfitted for long. Each goes on from some words of
+the calibration text, to be about the same things. The last ``holdout`` share of the calibration set is never
+trained on; of the start and ``checks`` later points the one with the smallest divergence there is kept. Only
+rotations may come before it.
 
 The price: original and quantized model in memory with everything that training needs, about 30 bytes a
 parameter and the activations of ``micro`` sequences, and a few GPU minutes for 100 million parameters. For
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from pydantic import Field
 
-from fourfold.compress.calibrated.author import write_together
+from fourfold.compress.calibrated.author import continue_together
 from fourfold.compress.calibrated.latent import Latents
 from fourfold.compress.calibrated.replay import Replayed
 from fourfold.compress.calibrated.skeleton import Skeleton
@@ -49,7 +50,7 @@ BLOCKS, SCALES, WHOLE, TOTAL, NORM, REPORT = (
 class Options(Record):
     """``lr`` and ``norm_lr`` are Adam's largest steps, reached after a short warm-up and then lowered to zero
     along a cosine. A step sees ``sequences`` sequences, ``micro`` at a time. ``own`` sequences, as long as
-    those of the calibration set, are written by the model and trained on with them.
+    those of the calibration set, are written by the model from its words on and trained on with them.
     """
 
     steps: int = Field(300, ge=1)
@@ -121,8 +122,8 @@ def _learn(
     train_ids, held = split(calibration, options)
     base, model = WholeModel(skeleton), WholeModel(skeleton)
     if options.own:
-        length = train_ids.shape[1]
-        train_ids = torch.cat([train_ids, write_together(base, options.own, length, options.seed)])
+        own = continue_together(base, train_ids, options.own, options.seed)
+        train_ids = torch.cat([train_ids, own])
     change(model)
     totals = {name + TOTAL: total(model.linears[name].weight) for name in model.schemes}
     student = start(skeleton, model, options)
