@@ -1,6 +1,7 @@
 """Imports without searches for garbage leave the collector as it was, and nothing of a caller's frozen."""
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -68,3 +69,15 @@ def test_a_process_ends_without_a_search(change, told):
     program = PROGRAM.format(change=change)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == told
+
+
+@pytest.mark.parametrize(("verb", "spins"), [("quantize", "3000"), ("generate", "20000")])
+def test_threads_wait_as_fits_the_verb_and_as_the_user_says(fourfold, monkeypatch, verb, spins):
+    for name in ("GOMP_SPINCOUNT", "OPENBLAS_THREAD_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back
+        monkeypatch.delenv(name)
+    assert fourfold(verb, "--help").code == 0
+    assert (os.environ["GOMP_SPINCOUNT"], os.environ["OPENBLAS_THREAD_TIMEOUT"]) == (spins, "4")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert fourfold(verb, "--help").code == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -3,17 +3,16 @@
 python fourfold_mxfp4.py --model DIR --out DIR --scheme w4a16 --method gptq --tokens TOKENS.pt
 
 A method is a '+'-joined list of passes, such as rtn, gptq or smoothquant+gptq. Imports are those of
-``fourfold quantize``, and so is how long torch's threads wait for work.
+``fourfold quantize``, and so is how long threads wait for work.
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
-from fourfold.core.imports import importing
+from fourfold.core.imports import SPINS_BETWEEN_SMALL_PARTS, importing, patience
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+patience(SPINS_BETWEEN_SMALL_PARTS)
 with importing():
     import torch
 

@@ -6,7 +6,6 @@ Verb modules import their rooms inside the function, so that ``fourfold --help``
 
 import atexit
 import gc
-import os
 import signal
 import sys
 import warnings
@@ -19,6 +18,7 @@ import typer
 from fourfold import __version__
 from fourfold.core.durable import file_failure
 from fourfold.core.errors import FourfoldError
+from fourfold.core.imports import SPINS, SPINS_BETWEEN_SMALL_PARTS, patience
 
 VERBS = (
     "quantize",
@@ -54,9 +54,11 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print it."),
 ) -> None:
     """Options that belong to no verb."""
+    patience(SPINS_BETWEEN_SMALL_PARTS if context.invoked_subcommand == "quantize" else SPINS)
 
 
 def interruptible(verb: Callable[..., None]) -> Callable[..., None]:
@@ -81,8 +83,6 @@ for verb in VERBS:
 
 def main() -> None:
     """Run the command line; never a traceback for a FourfoldError, a failing disk, or Ctrl-C."""
-    # libgomp reads this when torch is imported; by itself it spins for long on a core that our threads need
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     gc.freeze()  # so that what is imported from here on is frozen too: see fourfold.core.imports
     try:
         app()

@@ -188,7 +188,8 @@ class LayerLoop:
         if self.original and base_outputs is not None:
             self._inputs, self._base_inputs = base_outputs, list(base_outputs)
         elif not is_last:
-            self.restore(work, self.store.load_all(key_of(index), finished))
+            held = {f"{name}.weight" for name in work.blocks}
+            self.restore(work, self.store.load_all(key_of(index), finished, held))
             self._inputs, self._base_inputs = work.outputs(work.inputs), base_outputs
         return finished
 
@@ -270,11 +271,11 @@ class LayerLoop:
     def values(self, work: LayerWork) -> dict[str, Value]:
         """The finished tensors of the layer, as the checkpoint will hold them."""
         found: dict[str, Value] = {f"{name}.weight": blocks for name, blocks in work.blocks.items()}
-        for source, parameter in self._parameters(work):
+        for source, parameter in self._unfinished(work):
             info = self.model.entries[source.stored].info
             assert info.dtype is not None, "quantized sources were refused"
             shape = info.shape if source.piece is None else source.piece.shape
-            found.setdefault(source.name, parameter.detach().to("cpu", info.dtype).view(shape))
+            found[source.name] = parameter.detach().to("cpu", info.dtype).view(shape)
         for name, linear in work.linears.items():
             scheme = work.schemes.get(name)
             if scheme is not None and scheme.input_transform == "trained" and linear.rotation is not None:
@@ -282,9 +283,13 @@ class LayerLoop:
         return self.skeleton.names.assemble(found)
 
     def restore(self, work: LayerWork, values: dict[str, Value]) -> None:
-        """Give ``work`` the finished tensors, and let it compute as the served model will."""
-        for source, parameter in self._parameters(work):
+        """Give ``work`` the finished tensors, and let it compute as the served model will. What it rounded
+        itself has the values of its blocks already.
+        """
+        for source, parameter in self._unfinished(work):
             parameter.data.copy_(source.take(values[source.stored]).view(parameter.shape))
+        for name in work.linears.keys() - work.blocks.keys():
+            work.changed(name)
         for name, scheme in work.schemes.items():
             linear: CalibratedLinear = work.linears[name]
             linear.rotation = rotation_of(scheme, values.get(f"{name}.input_rotation"), work.device)
@@ -324,6 +329,11 @@ class LayerLoop:
     def _parameters(self, work: LayerWork) -> list[tuple[Source, torch.Tensor]]:
         inside, names = self.skeleton.inside(work.index), self.skeleton.names
         return [(names[inside + name], parameter) for name, parameter in work.module.named_parameters()]
+
+    def _unfinished(self, work: LayerWork) -> list[tuple[Source, torch.Tensor]]:
+        """The parameters that no pass of this run has rounded."""
+        finished = {f"{name}.weight" for name in work.blocks}
+        return [(source, held) for source, held in self._parameters(work) if source.name not in finished]
 
     def _learn(self, chosen: Pass, options: Record, change: Change) -> dict[str, torch.Tensor]:
         found = self.store.find(chosen.name)

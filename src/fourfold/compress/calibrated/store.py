@@ -5,7 +5,7 @@ file's hash, the formats of its tensors and what there is to note. A layer witho
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,10 +90,11 @@ class LayerStore:
         """The tensor ``name`` of the part ``key``."""
         return self._load(read_header(self._paths(key)[0]), name, held)
 
-    def load_all(self, key: str, finished: FinishedLayer) -> dict[str, Value]:
-        """Every tensor of the part ``key``."""
+    def load_all(self, key: str, finished: FinishedLayer, left_out: Container[str] = ()) -> dict[str, Value]:
+        """Every tensor of the part ``key`` but those ``left_out``."""
         header = read_header(self._paths(key)[0])
-        return {name: self._load(header, name, held) for name, held in finished.tensors.items()}
+        wanted = {name: held for name, held in finished.tensors.items() if name not in left_out}
+        return {name: self._load(header, name, held) for name, held in wanted.items()}
 
     def discard(self, key: str) -> None:
         """Take the part ``key`` away."""

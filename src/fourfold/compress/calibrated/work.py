@@ -1,7 +1,7 @@
 """LayerWork: one decoder layer as passes see it, with what reaches it on the calibration set."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,6 +65,8 @@ class LayerWork:
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output [B, T, H] in float32 for one batch of its inputs."""
         call = self.calls[len(hidden)]
+        if self.recall is not None:
+            self.recall.batch = id(hidden)
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             kwargs = call.kwargs if self.cache is None else call.kwargs | {"past_key_values": self.cache}
             out = self.module(hidden.to(self.device, torch.float32), *call.args, **kwargs)
@@ -117,8 +119,6 @@ class LayerWork:
                     self.routing.lay_down(hidden)
                     left.update(name for name, _ in watched)
                     keeps = kept is not None and id(hidden) not in kept
-                    if self.recall is not None:
-                        self.recall.batch = id(hidden)
                     with suppress(AllSeenError):
                         output = self.forward(hidden)
                         if kept is not None:
@@ -127,18 +127,32 @@ class LayerWork:
             for _, linear in watched:
                 linear.observer = None
 
-    @contextmanager
-    def recalling(self) -> Iterator[None]:
-        """Within it products are recalled where they can, from at most as many bytes as the weights have."""
+    def start_recalling(self) -> None:
+        """From now on products are recalled where they can, from no more bytes than the weights have."""
         self.recall = Recall(sum(linear.weight.nbytes for linear in self.linears.values()))
-        try:
-            for linear in self.linears.values():
-                linear.recall = self.recall
-            yield
-        finally:
-            for linear in self.linears.values():
-                linear.recall = None
-            self.recall = None
+        for linear in self.linears.values():
+            linear.recall = self.recall
+
+    def together(self, names: Iterable[str], apart: bool) -> torch.Tensor:
+        """The weights of ``names`` below each other, [out, in], with which they compute from now on. With
+        ``apart`` the tensors that they computed with so far stay as they are.
+        """
+        held = {name: self.linears[name].weight for name in names}
+        if len(held) == 1 and not apart:
+            return next(iter(held.values())).data
+        weight = torch.cat([parameter.data for parameter in held.values()])
+        for (name, parameter), rows in zip(
+            held.items(), weight.split([len(parameter) for parameter in held.values()]), strict=True
+        ):
+            if not apart:
+                self.changed(name)
+            parameter.data = rows
+        return weight
+
+    def changed(self, name: str) -> None:
+        """The weight of the linear layer ``name`` has, or is about to have, other values."""
+        if self.recall is not None:
+            self.recall.forget(self.linears[name])
 
     @torch.no_grad()
     def survey_experts(self) -> None:
@@ -161,8 +175,7 @@ class LayerWork:
         values = blocks.dequantize() if values is None else values
         if values.data_ptr() != held.data_ptr():
             held.copy_(values)
-        if self.recall is not None:
-            self.recall.forget(self.linears[name])
+        self.changed(name)
 
     def round_rest(self, round_weight: Callable[[str, torch.Tensor, LayerScheme], BlockTensor]) -> None:
         """Round what no pass has finished."""

@@ -90,11 +90,7 @@ def round_layer(work: LayerWork, options: Options) -> None:
     """Round every linear layer of the scheme. Raises FourfoldError that names one whose inputs are not
     finite, or whose H stays without a Cholesky factor.
     """
-    with work.recalling():
-        _round_kinds(work, options)
-
-
-def _round_kinds(work: LayerWork, options: Options) -> None:
+    work.start_recalling()
     shared, seen = shared_inputs(work, list(work.schemes))
     originals: dict[str, torch.Tensor] = {}
     for names in portions(work, list(shared), options):
@@ -102,16 +98,10 @@ def _round_kinds(work: LayerWork, options: Options) -> None:
         seen = {}  # from here on the layer is another
         for first in names:
             if first in statistics:  # an expert that no token reaches is left to be rounded to nearest
-                if options.asymmetry and EXPERTS not in first:
-                    originals |= {name: _apart(work, name) for name in shared[first]}
-                round_together(work, shared[first], statistics.pop(first), options)
-
-
-def _apart(work: LayerWork, name: str) -> torch.Tensor:
-    """The weight of ``name``, which from now on has a copy to be rounded."""
-    parameter = work.linears[name].weight
-    original, parameter.data = parameter.data, parameter.data.clone()
-    return original
+                apart = bool(options.asymmetry) and EXPERTS not in first
+                if apart:
+                    originals |= {name: work.linears[name].weight.data for name in shared[first]}
+                round_together(work, shared[first], statistics.pop(first), options, apart)
 
 
 def portions(work: LayerWork, names: list[str], options: Options) -> list[list[str]]:
@@ -241,17 +231,17 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def round_together(work: LayerWork, names: list[str], statistics: Statistics, options: Options) -> None:
-    """Round linear layers that share an input and a scheme."""
-    linears = [work.linears[name] for name in names]
-    for name, linear in zip(names, linears, strict=True):
-        check_finite(f"{name}.weight", linear.weight)
-    # one linear layer's weight is rounded where it is
-    weight = torch.cat([linear.weight for linear in linears]) if len(names) > 1 else linears[0].weight.data
+def round_together(
+    work: LayerWork, names: list[str], statistics: Statistics, options: Options, apart: bool
+) -> None:
+    """Round linear layers that share an input and a scheme; ``apart``: not where their weights are."""
+    for name in names:
+        check_finite(f"{name}.weight", work.linears[name].weight)
+    weight = work.together(names, apart)
     rounded = round_in_place(names[0], weight, work.schemes[names[0]], statistics, options)
     start = 0
-    for name, linear in zip(names, linears, strict=True):
-        end = start + len(linear.weight)
+    for name in names:
+        end = start + len(work.linears[name].weight)
         work.finish(name, rows_of(rounded, start, end), weight[start:end])
         start = end
 
