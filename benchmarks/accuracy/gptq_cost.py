@@ -1,6 +1,7 @@
 """What GPTQ costs: processor time and peak memory of Fourfold, llm-compressor and Quark on the same layers.
 
-python benchmarks/accuracy/gptq_cost.py --python-llmcompressor LC/bin/python --python-quark QUARK/bin/python
+python benchmarks/accuracy/gptq_cost.py --python-fourfold FF/bin/python \
+    --python-llmcompressor LC/bin/python --python-quark QUARK/bin/python
 
 A random Llama (2 layers, hidden size 1024) and 256 random tokens are made in a temporary folder. Every run is
 a process of its own in its own environment; processor time (user and system) and peak resident memory come
@@ -8,6 +9,10 @@ from wait4, the time that passed from the clock. Each tool rounds the model by G
 the difference is what GPTQ itself costs. All of it is done with one thread, and with as many as each tool
 takes by itself. Tools take turns; the tables have medians of times, largest peaks. Last come the processor
 time inside Fourfold's pass alone, without imports, loading and saving, and the load.
+
+Each tool is measured as a user has it: in an environment into which it was installed (``pip install .``),
+with its modules compiled. A source tree would be compiled at every start where Python may not write there,
+and transformers imports what a developer has besides (accelerate). Without ``--python-fourfold`` it is this.
 
 This process itself imports no torch: what it holds would be counted as its children's peak.
 """
@@ -68,7 +73,7 @@ def main() -> int:
     """Measure and print. 1 when GPTQ is not five times faster than each peer's, or needs more memory."""
     options = parse()
     pythons = {
-        "fourfold": sys.executable,
+        "fourfold": options.python_fourfold,
         "llm-compressor": options.python_llmcompressor,
         "quark": options.python_quark,
     }
@@ -109,6 +114,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--python-fourfold", metavar="PATH", default=sys.executable)
     parser.add_argument("--python-llmcompressor", metavar="PATH")
     parser.add_argument("--python-quark", metavar="PATH")
     parser.add_argument("--hidden-size", type=int, default=1024)
