@@ -138,6 +138,22 @@ def test_mixed_schemes_come_back(tiny_llama, tmp_path, dialect, kv_cache):
     assert kept == ["lm_head", "model.layers.1.self_attn.k_proj"]
 
 
+def test_a_head_is_a_target_by_name_since_vllms_is_no_linear(wide_llama, tmp_path):
+    scheme = LayerScheme(weight="mxfp4", scale_rule="even")
+    for ends, targets in ((("_proj", "lm_head"), ["Linear", "lm_head"]), (("_proj",), ["Linear"])):
+        folder = quantize_folder(
+            wide_llama,
+            tmp_path / targets[-1],
+            "compressed-tensors",
+            lambda module, ends=ends: scheme if module.endswith(ends) else None,
+        )
+        settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert settings["config_groups"]["group_0"]["targets"] == targets
+        assert open_checkpoint(folder).quantization.layers.get("lm_head") == (
+            scheme if "lm_head" in ends else None
+        )
+
+
 @pytest.fixture
 def gpt_oss(tmp_path) -> Path:
     """Two fused experts as gpt-oss stores them."""

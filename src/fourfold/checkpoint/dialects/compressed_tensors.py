@@ -1,9 +1,9 @@
 """compressed-tensors: what llm-compressor writes and vLLM, SGLang and transformers read.
 
 With one scheme for all modules the configuration says ``targets: ["Linear"]`` and lists what is kept under
-``ignore``; with several, every group names its modules, because vLLM asks for the class before it asks for
-the parts of a fused layer. Source: the writers of compressed-tensors 0.20 and llm-compressor 0.14
-(model_free_ptq).
+``ignore``; vLLM's head is no Linear and is named too. With several, every group names its modules, because
+vLLM asks for the class before it asks for the parts of a fused layer. Source: the writers of
+compressed-tensors 0.20 and llm-compressor 0.14 (model_free_ptq).
 """
 
 import re
@@ -25,7 +25,7 @@ from fourfold.checkpoint.block_dialect import (
 )
 from fourfold.checkpoint.dialect import EXPERTS
 from fourfold.checkpoint.dialects import _transforms
-from fourfold.checkpoint.dialects._targets import EXPRESSION, Targets
+from fourfold.checkpoint.dialects._targets import EXPRESSION, LINEAR, Targets
 from fourfold.checkpoint.layout import Field, Layout
 from fourfold.checkpoint.rotations import Rotations, without_rotations
 from fourfold.checkpoint.storage.header import PlannedTensor, short
@@ -35,6 +35,7 @@ from fourfold.core.quantization import KVCacheFormat, LayerScheme, Quantization
 Name = TypeVar("Name", bound=str)
 
 VERSION = "0.20.0"  # of the library whose configuration this is
+HEAD = "lm_head"
 PACKED, WEIGHT = "weight_packed", "weight"
 E4M3 = torch.float8_e4m3fn
 
@@ -172,7 +173,7 @@ class CompressedTensors(BlockDialect):
         kv = KV_CACHE[quantization.kv_cache].written(dynamic=False) if quantization.kv_cache else None
         return {
             "config_groups": {
-                name: self._write_group(scheme, groups[scheme] if len(groups) > 1 else ["Linear"])
+                name: self._write_group(scheme, groups[scheme] if len(groups) > 1 else _all(groups[scheme]))
                 for name, scheme in names.items()
             },
             "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
@@ -199,6 +200,10 @@ class CompressedTensors(BlockDialect):
             "targets": targets,
             "weights": storage.arguments.written(dynamic=False, scale_dtype=storage.scale_dtype),
         }
+
+
+def _all(modules: Collection[str]) -> list[str]:
+    return [LINEAR, *(module for module in modules if module.endswith(HEAD))]
 
 
 def _ignored(kept: Collection[str]) -> list[str]:
