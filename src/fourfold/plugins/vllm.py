@@ -5,14 +5,15 @@
 vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``), finds the class
 by its platform and kernel type, and asks it what it can do. Nothing here imports vLLM but ``register``, so
 all of it can be tried without it. The layer's checkpoint tensors are replaced by their packed tiles when a
-model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``. It
-is computed by vLLM's own OpenMP threads: bound to cores, these spin between their uses, and others would get
-half of each core.
+model has been loaded. To torch.compile the product is one opaque operation, ``fourfold::mxfp4_linear``, in
+C++: a call through Python takes as long as a small layer. It is computed by vLLM's own OpenMP threads: these
+spin for milliseconds between their uses, and others would get half of each core.
 
 vLLM asks for the same kernel whether a checkpoint rounds activations to MXFP4 or leaves them
 (compressed-tensors W4A16 comes with the key of W4A4); like its Marlin kernel on a GPU this one multiplies
 weights only, and says so."""
 
+import ctypes
 from functools import cache
 from typing import Any
 
@@ -26,24 +27,13 @@ from fourfold.kernels.cpu.packed import PackedWeight
 
 library = torch.library.Library("fourfold", "FRAGMENT")
 library.define("mxfp4_linear(Tensor x, Tensor tiles, int n) -> Tensor")
-
-
-@torch.library.impl(library, "mxfp4_linear", "CPU")
-def mxfp4_linear(x: torch.Tensor, tiles: torch.Tensor, n: int) -> torch.Tensor:
-    """``x`` [..., K] times the packed weight [N, K] transposed, in the dtype of ``x``."""
-    if x.dtype != torch.bfloat16 or native is None:
-        return PackedWeight("mxfp4", n, x.shape[-1], tiles).linear(x)
-    out = x.new_empty(*x.shape[:-1], n)  # in one call: each of torch's own costs as much as a small layer
-    if x.ndim == 2 and x.is_contiguous():
-        native.packed_linear_bf16(x, tiles, out)
-    else:
-        native.packed_linear_bf16(x.reshape(-1, x.shape[-1]).contiguous(), tiles, out.view(-1, n))
-    return out
+if native is not None:
+    native.implement_torch_linear(ctypes.CDLL(torch._C.__file__)._handle)
 
 
 @torch.library.register_fake("fourfold::mxfp4_linear", lib=library)
 def mxfp4_linear_shape(x: torch.Tensor, tiles: torch.Tensor, n: int) -> torch.Tensor:
-    """What torch.compile is told of the result."""
+    """What torch.compile is told of the product of ``x`` [..., K] and the packed weight [N, K] transposed."""
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -74,14 +64,15 @@ class FourfoldMxFp4LinearKernel:
         del layer.weight_scale
 
     def apply_weights(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` [..., K] -> [..., N]."""
-        y = torch.ops.fourfold.mxfp4_linear(x, layer.weight, layer.fourfold_rows)
+        """``x`` [..., K] -> [..., N], in the dtype of ``x``; rounded once from float32."""
+        given = x if x.dtype == torch.bfloat16 else x.float()
+        y = torch.ops.fourfold.mxfp4_linear(given.contiguous(), layer.weight, layer.fourfold_rows).to(x.dtype)
         return y if bias is None else y + bias
 
 
 @cache
 def share_threads() -> None:
-    """Compute with the threads that torch has, which vLLM binds to one core each."""
+    """Compute with the threads that torch has."""
     share_openmp_threads()
     set_threads(torch.get_num_threads())
 

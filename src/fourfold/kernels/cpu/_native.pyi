@@ -72,6 +72,9 @@ def packed_linear(
 ) -> None:
     """out [m, n] float32 = x [m, k] float32 times W transposed, plus bias [1, n] float32."""
 
+def implement_torch_linear(library: int) -> None:
+    """torch.ops.fourfold.mxfp4_linear on the CPU; ``library`` is dlopen's handle. Else RuntimeError."""
+
 def packed_checksum(data: Tensor) -> int:
     """64 bits of uint8 [a, b]: whether they are the bytes that were written."""
 

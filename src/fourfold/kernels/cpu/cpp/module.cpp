@@ -34,7 +34,7 @@ NB_MODULE(_native, module) {
     module.def("use_team", &fourfold::use_team_at, "address"_a);
     module.def("expect_contention", &fourfold::expect_contention, "expected"_a);
     fourfold::bind_packed(module);
-    fourfold::bind_packed_bf16(module);
+    fourfold::bind_torch_linear(module);
     fourfold::bind_column_rounding(module);
     fourfold::bind_drawing(module);
     fourfold::bind_program(module);
