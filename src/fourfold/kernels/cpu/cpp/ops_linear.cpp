@@ -37,7 +37,7 @@ void Linear::cut(std::int64_t together, std::int64_t pieces) {
     const std::int64_t most = kScratchValues / kTileRows / std::max<std::int64_t>(1, together);
     const bool several = pieces != 1 || path_.sink == Sink::store;  // only the others need scratch
     long_ranges_ = pieces == 1 && together <= kFewRows ? threads() : 0;
-    long_ = tiles_ * (together <= 2 ? 7 : 6) / (8 * threads());  // more rows even out less well
+    long_ = tiles_ * (together <= 2 ? 31 : 24) / (32 * threads());  // more rows even out less well
     if (!several) long_ = std::min(long_, most);
     if (long_ == 0) long_ranges_ = 0;
     const std::int64_t rest = tiles_ - long_ranges_ * long_;
