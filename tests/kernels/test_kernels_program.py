@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not native_available(), reason="the C++ extensio
 
 if native_available():
     from fourfold.kernels.cpu.packed import PackedWeight
-    from fourfold.kernels.cpu.program import Gate, Mixture, Program
+    from fourfold.kernels.cpu.program import Gate, InputScheme, Mixture, Program
 
 ROWS, VOCABULARY, WIDTH = 200, 96, 64
 GATES = {
@@ -82,6 +82,27 @@ def test_an_mlp_by_halves_of_one_weight(gate, rows):
     exact = x[:rows].double().numpy() + first.first(rows).bfloat16().double().numpy() @ w2.T
     assert_close(states.first(rows), exact)
     assert torch.equal(states.first(ROWS)[rows:], x[rows:])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 129, 200])
+@pytest.mark.parametrize("arithmetic", ["int8", "exact"])
+@pytest.mark.parametrize("activation", [None, "mxfp4", "mxfp8-e4m3"])
+def test_what_is_gated_and_prepared_at_once_is_what_is_stored_between(rows, arithmetic, activation):
+    said, wide = Gate("silu", 1.0, 0.0), 992
+    scheme = InputScheme(None, activation)
+    gate_up, down = weight(2 * wide, WIDTH, 1)[0], weight(WIDTH, wide, 2)[0]
+    p = Program(ROWS, VOCABULARY, wide)
+    p.native.use_cache(torch.zeros(1, 64 * 16, dtype=torch.bfloat16), 64, 16)
+    states, between, first, second = (p.buffer(n) for n in (WIDTH, wide, WIDTH, WIDTH))
+    p.prepared(states, [arithmetic])
+    p.gated_linear(gate_up, arithmetic, said, between)
+    p.gated_input(gate_up, arithmetic, said, arithmetic, scheme)
+    p.linear(down, arithmetic, first)
+    p.prepared(between, [arithmetic], scheme=scheme)
+    p.linear(down, arithmetic, second)
+    states.first(ROWS).copy_(random(ROWS, WIDTH))
+    p.run(*step(rows))
+    assert torch.equal(first.first(rows), second.first(rows)) and first.first(rows).abs().max() > 0
 
 
 def test_norms_choose_rows_and_add():

@@ -34,6 +34,7 @@ from fourfold.kernels.cpu.packed import TILE_ROWS, PackedWeight
 from fourfold.kernels.cpu.program import Buffer, Gate, InputScheme, Mixture, Norm, Program
 from fourfold.kernels.expanded import exact_in_bfloat16
 
+BLOCK = 32
 HEAD_ROWS = 64  # of a whole sequence whose logits are computed at a time
 PACKED_FORMATS = ("mxfp4", "mxint8")
 NEAR_INT8 = (None, "mxfp8-e4m3", "mxfp8-e5m2")  # what int8 takes the place of
@@ -206,6 +207,10 @@ class _Recording:
         norm = norm_of(layer.mlp_norm)
         if isinstance(mlp.gate_up, Linear) and self.gated.columns % TILE_ROWS == 0:
             arithmetic = self.prepare([mlp.gate_up], self.x, norm)[0]
+            if self.gated.columns % BLOCK == 0:
+                taken, scheme = self.arithmetic_of(mlp.down), self.scheme(mlp.down)
+                program.gated_input(self.pack(mlp.gate_up), arithmetic, gate, taken, scheme)
+                return self.add(mlp.down, None, layer.mlp_post_norm)
             program.gated_linear(self.pack(mlp.gate_up), arithmetic, gate, self.gated)
         else:
             self.gate_up = self.gate_up or program.buffer(2 * self.gated.columns)
@@ -234,8 +239,8 @@ class _Recording:
         self.program.mixture(self.x, mixture, self.added, accumulate=False)
         self.program.add_normed(self.added, norm_of(layer.mlp_post_norm), self.x)
 
-    def add(self, linear: Linear, x: Buffer, norm: RMSNorm | None) -> None:
-        """What ``linear`` makes of ``x``, perhaps normed, is added to the states."""
+    def add(self, linear: Linear, x: Buffer | None, norm: RMSNorm | None) -> None:
+        """What ``linear`` makes of ``x``, or of what is prepared, is added to the states, perhaps normed."""
         if norm is None:
             return self.linear(linear, x, self.x, accumulate=True)
         self.added = self.added or self.program.buffer(self.shape.hidden)
@@ -245,12 +250,12 @@ class _Recording:
     def linear(
         self,
         linear: Linear | FusedLinear,
-        x: Buffer,
+        x: Buffer | None,
         out: Buffer,
         norm: Norm | None = None,
         accumulate: bool = False,
     ) -> None:
-        """``out`` = (or +=) what ``linear`` makes of ``x``, perhaps normed."""
+        """``out`` = (or +=) what ``linear`` makes of ``x``, perhaps normed, or of what is prepared."""
         column = 0
         for _, alike in groupby(parts_of(linear), lambda part: (id(part.rotation), part.activation)):
             parts = list(alike)
@@ -259,10 +264,11 @@ class _Recording:
                 self.program.linear(packed, arithmetic, out, column, accumulate)
                 column += packed.n
 
-    def prepare(self, parts: Seq[Linear], x: Buffer, norm: Norm | None) -> list[str]:
+    def prepare(self, parts: Seq[Linear], x: Buffer | None, norm: Norm | None) -> list[str]:
         """``x``, perhaps normed, as ``parts``, whose scheme is one, take it. Returns their arithmetics."""
         arithmetics = [self.arithmetic_of(part) for part in parts]
-        self.program.prepared(x, arithmetics, norm, self.scheme(parts[0]))
+        if x is not None:
+            self.program.prepared(x, arithmetics, norm, self.scheme(parts[0]))
         return arithmetics
 
     def pack(self, linear: Linear) -> PackedWeight:

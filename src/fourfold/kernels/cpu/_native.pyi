@@ -133,10 +133,13 @@ class Program:
         self,
         weight: object,
         input: tuple[str, Tensor],
-        out: Tensor,
+        out: Tensor | None,
         gate: str,
         alpha: float,
         limit: float,
+        prepared: list[tuple[str, Tensor]] = ...,
+        rotation: Tensor | None = None,
+        element: tuple[float, int, int, int] | None = None,
     ) -> None: ...
     def logits(
         self, weight: object, input: tuple[str, Tensor], out: Tensor, tokens: Tensor, cap: float

@@ -2,7 +2,7 @@
 
 A program is recorded once, operation after operation, over float32 buffers [rows, columns] that are made
 here, and run once for each step, without the GIL. What stands in a linear layer's prepared input is used
-before the next is made, so all share two pieces of memory, one for each arithmetic. The price of recording:
+before the next is made, so all share a piece of memory for each arithmetic, and all gated ones another. The price of recording:
 sizes are fixed, and the longest step decides how much memory the buffers take, as far as it is really used.
 """
 
@@ -118,10 +118,11 @@ class Program:
         self._mixtures: dict[tuple, tuple[dict[str, Buffer], Tensor]] = {}
         self.logits = self.buffer(vocabulary)
         self.tokens = torch.zeros(1, rows, dtype=torch.int32)
-        self._memory = {
-            name: torch.empty(1, self.native.prepared_bytes(name, rows, widest_input), dtype=torch.uint8)
-            for name in ("int8", "exact")
-        }
+        sizes = {name: self.native.prepared_bytes(name, rows, widest_input) for name in ("int8", "exact")}
+        self._memory, self._gated = (
+            {name: torch.empty(1, size, dtype=torch.uint8) for name, size in sizes.items()} for _ in range(2)
+        )
+        self._input = self._memory  # what was prepared last
 
     def __len__(self) -> int:
         return len(self.native)
@@ -158,6 +159,7 @@ class Program:
     ) -> None:
         """``x``, perhaps normed, as the input of linear layers of arithmetics."""
         weight, floor = (None, 0.0) if norm is None else (self.row(norm[0]), norm[1])
+        self._input = self._memory
         memory = [(name, self._memory[name]) for name in sorted(set(inputs))]
         made = self._scheme(scheme)
         self.native.rows(x.data, x.columns, norm=weight, floor=floor, prepared=memory, **made)
@@ -180,7 +182,7 @@ class Program:
     ) -> None:
         """``out`` from ``column`` on = (or +=) what was prepared last times ``w`` transposed, plus bias."""
         self._kept.append(w)
-        self.native.linear(w, (arithmetic, self._memory[arithmetic]), out.data, column, accumulate)
+        self.native.linear(w, (arithmetic, self._input[arithmetic]), out.data, column, accumulate)
 
     def gated_linear(self, w: PackedWeight, arithmetic: str, gate: Gate, out: Buffer) -> None:
         """``out`` = what ``gate`` makes of the two halves of what was prepared times ``w``, plus bias.
@@ -188,7 +190,19 @@ class Program:
         Each half of ``w`` is whole tiles of 16 rows.
         """
         self._kept.append(w)
-        self.native.gated(w, (arithmetic, self._memory[arithmetic]), out.data, *gate)
+        self.native.gated(w, (arithmetic, self._input[arithmetic]), out.data, *gate)
+
+    def gated_input(
+        self, w: PackedWeight, arithmetic: str, gate: Gate, taken: str, scheme: InputScheme = AS_IT_IS
+    ) -> None:
+        """What ``gated_linear`` computes, prepared as the input of a linear layer of arithmetic ``taken``.
+
+        Each half of ``w`` is whole blocks of 32 rows.
+        """
+        self._kept.append(w)
+        source, target = (arithmetic, self._input[arithmetic]), (taken, self._gated[taken])
+        self.native.gated(w, source, None, *gate, [target], **self._scheme(scheme))
+        self._input = self._gated
 
     def mixture(self, x: Buffer, mixture: "Mixture", out: Buffer, accumulate: bool) -> None:
         """``out`` = (or +=) the shares of each row's experts, by a float32 router over the normed ``x``."""

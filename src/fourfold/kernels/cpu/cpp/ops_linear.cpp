@@ -1,6 +1,7 @@
 #include "ops_linear.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "thread_pool.h"
 
@@ -23,7 +24,7 @@ std::int64_t tile_ns(const PackedWeight& w, Arithmetic arithmetic, std::int64_t 
 }  // namespace
 
 Linear::Linear(LinearPath path)
-    : path_(path), tiles_(packed_tiles(path.weight.n) / (path.sink == Sink::gate ? 2 : 1)) {}
+    : path_(std::move(path)), unit_(path_.gated.prepared.empty() ? 1 : 2), tiles_(packed_tiles(path_.weight.n) / (path_.sink == Sink::gate ? 2 : 1)) {}
 
 std::int64_t Linear::chunks(const Step& step) {
     rows_ = step.rows;
@@ -39,11 +40,13 @@ void Linear::cut(std::int64_t together, std::int64_t pieces) {
     long_ranges_ = pieces == 1 && together <= kFewRows ? threads() : 0;
     long_ = tiles_ * (together <= 2 ? 31 : 24) / (32 * threads());  // more rows even out less well
     if (!several) long_ = std::min(long_, most);
+    long_ -= long_ % unit_;
     if (long_ == 0) long_ranges_ = 0;
     const std::int64_t rest = tiles_ - long_ranges_ * long_;
     const std::int64_t fair = divide_up(rest * pieces, kChunksPerThread * threads());
     const std::int64_t wanted = std::max(fair, kChunkNs / cost);
-    grain_ = std::max<std::int64_t>(1, std::min({wanted, divide_up(rest, threads()), most}));
+    grain_ = std::min({wanted, divide_up(rest, threads()), most});
+    grain_ = std::max(unit_, grain_ - grain_ % unit_);
     ranges_ = long_ranges_ + divide_up(rest, grain_);
 }
 
@@ -81,8 +84,12 @@ void Linear::gate(const Piece& piece, float* scratch) const {
     float* up = scratch + kScratchValues;
     multiply(piece, 0, scratch - first, columns);
     multiply(piece, tiles_, up - first, columns);
-    for (std::int64_t i = 0; i < piece.rows; ++i)
-        gate_row(path_.gate, scratch + i * columns, up + i * columns, columns, path_.out.row(piece.row + i) + first);
+    for (std::int64_t i = 0; i < piece.rows; ++i) {
+        float* row = scratch + i * columns;
+        float* made = unit_ > 1 ? row : path_.out.row(piece.row + i) + first;
+        gate_row(path_.gate, row, up + i * columns, columns, made);
+        if (unit_ > 1) path_.gated.fill(piece.row + i, first, row, columns, row);
+    }
 }
 
 void Linear::computed(const Piece&) {}

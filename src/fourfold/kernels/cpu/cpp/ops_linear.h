@@ -11,15 +11,17 @@ namespace fourfold {
 
 constexpr std::int64_t kRowsTogether = 128;  // of a chunk: their prepared input stays in the second-level cache
 
-// What becomes of a product: it is stored, added to what stands there, or its first half gates its second.
+// What becomes of a product: it is stored, added to what stands there, or its first half gates its second, and that is
+// stored or at once the input of another layer, while it is in a cache.
 enum class Sink { store, add, gate };
 
 struct LinearPath {
     PackedWeight weight;
     Prepared input;
-    Rows out;  // from the first of the weight's columns on
+    Rows out{nullptr, 0};  // from the first of the weight's columns on
     Sink sink = Sink::store;
     Gate gate{};
+    Inputs gated{};  // of the other layer
 };
 
 class Linear : public Op {
@@ -48,6 +50,7 @@ protected:
     // A piece is in `out`.
     virtual void computed(const Piece& piece);
     const LinearPath path_;
+    const std::int64_t unit_;   // tiles that stay together: a block of the other layer's input
     const std::int64_t tiles_;  // of out: half the weight's where it gates itself
     std::int64_t rows_ = 0, ranges_ = 1;  // of the step
     // A weight that is read from memory is best read in one run, so each thread begins with a long range.

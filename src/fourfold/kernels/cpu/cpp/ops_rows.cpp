@@ -40,8 +40,19 @@ void Angles::rows(const Step& step, std::int64_t begin, std::int64_t end, void*)
     }
 }
 
+void Inputs::fill(std::int64_t i, std::int64_t at, const float* x, std::int64_t n, float* scratch) const {
+    if (scheme.any()) {
+        apply_scheme(scheme, x, n, scratch);
+        x = scratch;
+    }
+    for (const Prepared& to : prepared) {
+        if (scheme.codes && to.arithmetic == Arithmetic::int8) prepare_codes(scheme.element, x, n, to.row(i, at));
+        else prepare(to.arithmetic, x, n, 1, n, 0, 1, to.row(i, at));
+    }
+}
+
 RowPathOp::RowPathOp(RowPath path)
-    : RowOp(cost(path.n, 4 + 6 * path.gated + 12 * path.scheme.any()), path.each), path_(std::move(path)) {}
+    : RowOp(cost(path.n, 4 + 6 * path.gated + 12 * path.inputs.scheme.any()), path.each), path_(std::move(path)) {}
 
 void RowPathOp::rows(const Step&, std::int64_t begin, std::int64_t end, void* scratch) {
     for (std::int64_t i = begin; i < end; ++i) {
@@ -49,16 +60,7 @@ void RowPathOp::rows(const Step&, std::int64_t begin, std::int64_t end, void* sc
         float* made = path_.out.data && !path_.add ? path_.out.row(i) : static_cast<float*>(scratch);
         if (path_.gated) gate_row(path_.gate, x, x + path_.n, path_.n, made), x = made;
         if (path_.norm) norm_row(x, path_.norm, path_.floor, path_.n, made), x = made;
-        if (path_.scheme.any()) {
-            apply_scheme(path_.scheme, x, path_.n, static_cast<float*>(scratch));
-            x = static_cast<const float*>(scratch);
-        }
-        for (const Prepared& prepared : path_.prepared) {
-            if (path_.scheme.codes && prepared.arithmetic == Arithmetic::int8)
-                prepare_codes(path_.scheme.element, x, path_.n, prepared.row(i));
-            else
-                prepared.fill(x, i);
-        }
+        path_.inputs.fill(i, 0, x, path_.n, static_cast<float*>(scratch));
         if (path_.add) add_row(x, path_.n, path_.out.row(i));
     }
 }

@@ -16,8 +16,18 @@ struct Prepared {
     Arithmetic arithmetic;
     std::int64_t k;
     char* memory;
-    char* row(std::int64_t i) const { return memory + prepared_bytes(arithmetic, i, k); }
-    void fill(const float* x, std::int64_t i) const { prepare(arithmetic, x, k, 1, k, 0, 1, row(i)); }
+    // value `at` of row i
+    char* row(std::int64_t i, std::int64_t at = 0) const {
+        return memory + prepared_bytes(arithmetic, i, k) + prepared_offset(arithmetic, at);
+    }
+};
+
+// What linear layers take: values under their scheme, laid out for each of their arithmetics.
+struct Inputs {
+    InputScheme scheme;
+    std::vector<Prepared> prepared;
+    // Values [at, at + n) of row i are x, whole blocks of 32 unless they are the row's last; `scratch` may be x.
+    void fill(std::int64_t i, std::int64_t at, const float* x, std::int64_t n, float* scratch) const;
 };
 
 // x = table[token] * scale; the table is bf16, float32, or the head's packed weight.
@@ -58,8 +68,7 @@ struct RowPath {
     float floor = 0.0f;
     bool gated = false;            // x is [2 n]: gate and up
     Gate gate{};
-    InputScheme scheme;            // of what is prepared
-    std::vector<Prepared> prepared;
+    Inputs inputs;
     Rows out{nullptr, 0};
     bool add = false;
     std::int64_t each = 1;  // rows for each token

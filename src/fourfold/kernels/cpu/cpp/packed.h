@@ -59,6 +59,7 @@ bool packed_isa_usable(PackedIsa isa);
 // x [m, k] float32, rows `stride` values apart, laid out for `linear`: `prepared` is 64-byte aligned, holds
 // prepared_bytes and is the same for all ISAs and for all weights of this k. Fills rows [row_begin, row_end).
 std::int64_t prepared_bytes(Arithmetic arithmetic, std::int64_t m, std::int64_t k);
+std::int64_t prepared_offset(Arithmetic arithmetic, std::int64_t i);  // bytes before value i of a row, i % 32 == 0
 void prepare(Arithmetic arithmetic, const float* x, std::int64_t stride, std::int64_t m, std::int64_t k,
              std::int64_t row_begin, std::int64_t row_end, void* prepared, PackedIsa isa = PackedIsa::automatic);
 

@@ -72,6 +72,11 @@ std::int64_t prepared_bytes(Arithmetic arithmetic, std::int64_t m, std::int64_t 
     return m * prepared_row_bytes(arithmetic, k);
 }
 
+std::int64_t prepared_offset(Arithmetic arithmetic, std::int64_t i) {
+    const std::size_t block = arithmetic == Arithmetic::int8 ? sizeof(Int8Block) : sizeof(Bf16Block);
+    return i / kPackedBlock * static_cast<std::int64_t>(block);
+}
+
 void prepare(Arithmetic arithmetic, const float* x, std::int64_t stride, std::int64_t, std::int64_t k,
              std::int64_t row_begin, std::int64_t row_end, void* prepared, PackedIsa isa) {
     const PrepareRow one = prepare_of(arithmetic, resolve(isa));

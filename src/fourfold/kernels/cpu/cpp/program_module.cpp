@@ -108,6 +108,12 @@ Prepared prepared_of(const Memory& memory, std::int64_t rows, std::int64_t k) {
     return {arithmetic, k, bytes.data<char>()};
 }
 
+Inputs inputs_of(const std::vector<Memory>& prepared, nb::handle rotation, nb::handle element, std::int64_t rows, std::int64_t k) {
+    Inputs inputs{scheme_of(rotation, element, k), {}};
+    for (const Memory& memory : prepared) inputs.prepared.push_back(prepared_of(memory, rows, k));
+    return inputs;
+}
+
 class Recorder {
 public:
     Recorder(std::int64_t most_rows, std::int64_t vocabulary)
@@ -161,9 +167,8 @@ public:
         path.x = rows_of(x, "x", rows, path.gated ? 2 * n : n);
         path.norm = floats_of(norm, "norm", 1, n);
         path.floor = floor;
-        path.scheme = scheme_of(rotation, element, n);
-        if (path.scheme.any() && accumulate) throw nb::value_error("only prepared inputs have a scheme");
-        for (const Memory& memory : prepared) path.prepared.push_back(prepared_of(memory, rows, n));
+        path.inputs = inputs_of(prepared, rotation, element, rows, n);
+        if (path.inputs.scheme.any() && accumulate) throw nb::value_error("only prepared inputs have a scheme");
         if (!out.is_none()) path.out = rows_of(out, "out", rows, n);
         path.add = accumulate;
         path.each = each;
@@ -176,9 +181,13 @@ public:
         add<Linear>(path);
     }
 
-    void gated(nb::handle weight, const Memory& input, nb::handle out, const std::string& gate, float alpha, float limit) {
+    void gated(nb::handle weight, const Memory& input, nb::handle out, const std::string& gate, float alpha, float limit,
+               const std::vector<Memory>& prepared, nb::handle rotation, nb::handle element) {
         LinearPath path = linear_path(weight, input, out, 0, rows_, 2);
-        if (path.weight.n % (2 * kTileRows)) throw nb::value_error("gate and up must be whole tiles");
+        const std::int64_t n = path.weight.n / 2, together = prepared.empty() ? kTileRows : kSchemeBlock;
+        if (path.weight.n % (2 * together)) throw nb::value_error("gate and up must be whole tiles, or blocks of 32 values");
+        if (out.is_none() == prepared.empty()) throw nb::value_error("what is gated must be either stored or prepared");
+        path.gated = inputs_of(prepared, rotation, element, rows_, n);
         path.sink = Sink::gate;
         path.gate = {activation_of(gate), alpha, limit};
         add<Linear>(path);
@@ -290,6 +299,7 @@ private:
         LinearPath path;
         path.weight = weight_of(weight);
         path.input = prepared_of(input, rows, path.weight.k);
+        if (out.is_none()) return path;
         path.out = rows_of(out, "out", rows, column + path.weight.n / gated);
         path.out.data += column;
         return path;
@@ -329,7 +339,8 @@ void bind_program(nb::module_& module) {
              "prepared"_a = std::vector<Memory>(), "rotation"_a.none() = nb::none(), "element"_a.none() = nb::none(), "out"_a.none() = nb::none(), "accumulate"_a = false,
              "each"_a = 1)
         .def("linear", &Recorder::linear, "weight"_a, "input"_a, "out"_a, "column"_a = 0, "accumulate"_a = false)
-        .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a, "gate"_a, "alpha"_a, "limit"_a)
+        .def("gated", &Recorder::gated, "weight"_a, "input"_a, "out"_a.none(), "gate"_a, "alpha"_a, "limit"_a,
+             "prepared"_a = std::vector<Memory>(), "rotation"_a.none() = nb::none(), "element"_a.none() = nb::none())
         .def("choose", &Recorder::choose, "buffers"_a)
         .def("route", &Recorder::route, "x"_a, "n"_a, "weight"_a, "bias"_a.none(), "top_k"_a, "among_chosen"_a)
         .def("gather", &Recorder::gather, "source"_a, "target"_a, "k"_a)
