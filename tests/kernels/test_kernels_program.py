@@ -88,7 +88,8 @@ def test_an_mlp_by_halves_of_one_weight(gate, rows):
 @pytest.mark.parametrize("arithmetic", ["int8", "exact"])
 @pytest.mark.parametrize("activation", [None, "mxfp4", "mxfp8-e4m3"])
 def test_what_is_gated_and_prepared_at_once_is_what_is_stored_between(rows, arithmetic, activation):
-    said, wide = Gate("silu", 1.0, 0.0), 992
+    said, wide = Gate("silu", 1.0, 0.0), 2176
+    set_threads(2)
     scheme = InputScheme(None, activation)
     gate_up, down = weight(2 * wide, WIDTH, 1)[0], weight(WIDTH, wide, 2)[0]
     p = Program(ROWS, VOCABULARY, wide)

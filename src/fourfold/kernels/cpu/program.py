@@ -2,8 +2,9 @@
 
 A program is recorded once, operation after operation, over float32 buffers [rows, columns] that are made
 here, and run once for each step, without the GIL. What stands in a linear layer's prepared input is used
-before the next is made, so all share a piece of memory for each arithmetic, and all gated ones another. The price of recording:
-sizes are fixed, and the longest step decides how much memory the buffers take, as far as it is really used.
+before the next is made, so all share a piece of memory for each arithmetic, and all gated ones another. The
+price of recording: sizes are fixed, and the longest step decides how much memory the buffers take, as far as
+it is really used.
 """
 
 from array import array

@@ -8,9 +8,10 @@
 namespace fourfold {
 namespace {
 
-constexpr std::int64_t kScratchValues = 1 << 15; // sums of a chunk that are added to what is there
+constexpr std::int64_t kScratchValues = 1 << 16;  // sums of a chunk that are added to what is there, or gated
 constexpr std::int64_t kChunkNs = 2000;
 constexpr std::int64_t kChunksPerThread = 8;
+constexpr std::int64_t kTilesPrepared = 32;  // as inputs side by side: 16 blocks
 constexpr std::int64_t kFewRows = 32;  // up to so many, reading the weight takes longest
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -46,7 +47,9 @@ void Linear::cut(std::int64_t together, std::int64_t pieces) {
     const std::int64_t fair = divide_up(rest * pieces, kChunksPerThread * threads());
     const std::int64_t wanted = std::max(fair, kChunkNs / cost);
     grain_ = std::min({wanted, divide_up(rest, threads()), most});
-    grain_ = std::max(unit_, grain_ - grain_ % unit_);
+    const bool enough = together > kFewRows && tiles_ * pieces >= 4 * threads() * kTilesPrepared;
+    const std::int64_t unit = unit_ > 1 && enough ? kTilesPrepared : unit_;
+    grain_ = std::max(unit, grain_ - grain_ % unit);
     ranges_ = long_ranges_ + divide_up(rest, grain_);
 }
 
