@@ -227,5 +227,7 @@ def test_buffers_that_are_too_small_are_refused():
     p, (w, _) = program(), weight(96, WIDTH)
     with pytest.raises(ValueError, match="too small"):
         p.linear(w, "int8", p.buffer(80))
+    with pytest.raises(ValueError, match="blocks of 32"):
+        p.gated_input(weight(2 * 48, WIDTH)[0], "int8", Gate("silu", 1.0, 0.0), "int8")
     with pytest.raises(ValueError, match="no such operations"):
         p.run(*step(1), first=0, end=1)
