@@ -25,7 +25,9 @@ std::int64_t tile_ns(const PackedWeight& w, Arithmetic arithmetic, std::int64_t 
 }  // namespace
 
 Linear::Linear(LinearPath path)
-    : path_(std::move(path)), unit_(path_.gated.prepared.empty() ? 1 : 2), tiles_(packed_tiles(path_.weight.n) / (path_.sink == Sink::gate ? 2 : 1)) {}
+    : path_(std::move(path)),
+      unit_(path_.gated.prepared.empty() ? 1 : 2),
+      tiles_(packed_tiles(path_.weight.n) / (path_.sink == Sink::gate ? 2 : 1)) {}
 
 std::int64_t Linear::chunks(const Step& step) {
     rows_ = step.rows;
