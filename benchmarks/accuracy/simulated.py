@@ -14,7 +14,6 @@ from fourfold.checkpoint import open_checkpoint
 from fourfold.compress.calibrated.rotation import rotation_of
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import Entry, Model, plain
-from fourfold.formats import get_format
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ class SimulatedModel:
             rotation = f"{name}.input_rotation"
             trained = plain(model[rotation]) if rotation in model else None
             linear.rotation = rotation_of(scheme, trained, self._skeleton.device)
-            rounding = activation or scheme.activation
-            linear.activation = get_format(rounding) if rounding else None
+            feedback = None if activation else scheme.input_feedback
+            rounding = {"activation": activation or scheme.activation, "input_feedback": feedback}
+            linear.round_as(scheme.model_copy(update=rounding))
             linear.rounds_input = True
         return layer
 

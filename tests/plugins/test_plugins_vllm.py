@@ -17,7 +17,6 @@ if not native_available():
 
 from fourfold.plugins import vllm as plugin
 
-
 WITH_HEAD = """
 name: mxfp4-head
 keep_default: false

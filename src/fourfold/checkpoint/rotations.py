@@ -51,7 +51,8 @@ def fused_name(module: str) -> str:
 
 def without_rotations(quantization: Quantization) -> Quantization:
     """``quantization`` for the tables that speak of formats only."""
-    plain = {m: s.model_copy(update={"input_transform": None}) for m, s in quantization.layers.items()}
+    left_out = {"input_transform": None, "input_feedback": None}
+    plain = {m: s.model_copy(update=left_out) for m, s in quantization.layers.items()}
     return quantization.model_copy(update={"layers": plain})
 
 

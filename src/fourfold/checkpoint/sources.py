@@ -9,6 +9,7 @@ import torch
 from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import DIALECTS, Dialect, Entry, get_dialect
 from fourfold.checkpoint.folder import GENERATION_CONFIG, read_model_config, read_optional_json, read_shards
+from fourfold.checkpoint.input_feedback import with_feedback
 from fourfold.checkpoint.storage.header import short
 from fourfold.checkpoint.storage.reader import map_tensor, read_tensor
 from fourfold.checkpoint.tensors import TensorInfo
@@ -45,6 +46,7 @@ def open_folder(folder: Path, source: str | None = None) -> Checkpoint:
     dialect = _detect(folder, config)
     stored = read_shards(folder)
     reading = dialect.read(config, stored, read_tensor)
+    quantization = with_feedback(reading.quantization, config)
     return Checkpoint(
         source or str(folder),
         {key: value for key, value in config.items() if key != QUANTIZATION_CONFIG},
@@ -52,7 +54,7 @@ def open_folder(folder: Path, source: str | None = None) -> Checkpoint:
         dialect=dialect.name,
         folder=folder,
         generation_config=read_optional_json(folder / GENERATION_CONFIG),
-        quantization=reading.quantization,
+        quantization=quantization,
         manifest=manifest_of(folder),
         kv_scales=reading.kv_scales,
     )

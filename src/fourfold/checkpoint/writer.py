@@ -21,6 +21,8 @@ from fourfold.checkpoint.card import make_card
 from fourfold.checkpoint.dialect import get_writable
 from fourfold.checkpoint.digests import DIGESTS_NAME, TensorDigests, differing, digest
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
+from fourfold.checkpoint.input_feedback import KEY as FEEDBACK
+from fourfold.checkpoint.input_feedback import feedback_config
 from fourfold.checkpoint.journal import Journal
 from fourfold.checkpoint.kv_scales import calibrated_scales, unit_scales
 from fourfold.checkpoint.plan import CheckpointPlan, Shard
@@ -213,6 +215,8 @@ class CheckpointWriter:
         config = dict(self.config)
         if self.plan.config is not None:
             config["quantization_config"] = self.plan.config
+        if feedback := feedback_config(self.quantization):
+            config[FEEDBACK] = feedback
         self._write_json(CONFIG, config)
         if generation_config:
             self._write_json(GENERATION_CONFIG, generation_config)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fourfold.compress.calibration import CalibrationSet
 
 PASSES = Registry("fourfold.compress.passes", "PASS", "pass")
-ORDER = ("smooth", "rotate", "round")
+ORDER = ("smooth", "rotate", "inputs", "round")
 Change = Callable[["WholeModel"], None]
 
 
@@ -50,7 +50,7 @@ class Pass:
     """
 
     name: str
-    kind: Literal["smooth", "rotate", "round"]
+    kind: Literal["smooth", "rotate", "inputs", "round"]
     apply: Callable[[Model], Model] | None = None
     prepare: Callable[[Model, Any], Model] | None = None
     learn: "Callable[[Skeleton, CalibrationSet, Any, Change], dict[str, torch.Tensor]] | None" = None
@@ -172,6 +172,7 @@ def _check_order(recipe: Recipe, names: list[str], kinds: list[str]) -> None:
     why = {
         "round": "which rounds. Passes that change weights come before the one that rounds.",
         "rotate": "which mixes the channels that a smoothing pass would scale one by one. Smooth first.",
+        "inputs": "which says how inputs are rounded; only a pass that rounds comes after it.",
         "smooth": "which scales every channel too, and the second would undo the first. Keep one.",
     }
     for (first, kind), (second, next_kind) in zip(

@@ -11,6 +11,7 @@ KVCacheFormat = Literal["fp8", "fp8-head", "mxfp8-e4m3", "mxfp4"]
 
 
 InputTransform = Literal["hadamard", "trained"]
+FeedbackGroup = Literal[32, 64, 128]
 
 
 class LayerScheme(Record):
@@ -19,12 +20,16 @@ class LayerScheme(Record):
     ``input_transform`` says what happens to the input before it is rounded and multiplied: ``hadamard`` is
     the normalised Hadamard matrix of 32 on every run of 32 inputs; ``trained`` is a [32, 32] matrix of the
     checkpoint, ``<module>.input_rotation``. The stored weight holds the inverse.
+
+    ``input_feedback``: inputs are rounded to ``activation`` with feedback inside groups of so many values
+    (:mod:`fourfold.kernels.feedback`); None rounds each to nearest.
     """
 
     weight: str
     scale_rule: str | None = None
     activation: str | None = None
     input_transform: InputTransform | None = None
+    input_feedback: FeedbackGroup | None = None
 
 
 class Quantization(Record):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fourfold.formats import BlockTensor
 from fourfold.kernels import Weight, linear, pack, rotate
+from fourfold.kernels.feedback import InputFeedback
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,10 +33,10 @@ class Linear:
     """x W^T + b with W [out, in] as it is held: a plain tensor, blocks that stay blocks, or packed tiles.
 
     As the checkpoint's scheme says, x is first turned by ``rotation`` (float32 [32, 32], blockwise), and then
-    rounded to the format ``activation``.
+    rounded to the format ``activation``, with feedback inside groups of ``feedback`` values where given.
     """
 
-    __slots__ = ("_weight", "activation", "bias", "rotation")
+    __slots__ = ("_rounding", "_weight", "activation", "bias", "feedback", "rotation")
 
     def __init__(
         self,
@@ -43,8 +44,11 @@ class Linear:
         bias: Tensor | None = None,
         activation: str | None = None,
         rotation: Tensor | None = None,
+        feedback: int | None = None,
     ):
         self._weight, self.bias, self.activation, self.rotation = weight, bias, activation, rotation
+        self.feedback = feedback
+        self._rounding: InputFeedback | None = None
 
     @property
     def weight(self) -> Weight:
@@ -58,7 +62,12 @@ class Linear:
         self._weight = weight
 
     def pack(self) -> None:
-        """Hold W as torch's path is fastest with it, and nothing else of it."""
+        """Hold W as torch's path is fastest with it, and of it only what its inputs are rounded by."""
+        if self.feedback is not None and self.activation is not None:
+            weight = self.weight
+            values = weight.dequantize() if isinstance(weight, BlockTensor) else weight
+            assert isinstance(values, Tensor), "not packed yet"
+            self._rounding = InputFeedback(values, self.activation, self.feedback)
         self.weight = pack(self.weight)
 
     @property
@@ -85,7 +94,10 @@ class Linear:
         """X [..., in] -> [..., out]."""
         if self.rotation is not None:
             x = rotate(x, self.rotation)
-        y = linear(x, self.weight, self.activation)
+        if self._rounding is not None:
+            y = linear(self._rounding(x), self.weight)
+        else:
+            y = linear(x, self.weight, self.activation)
         return y if self.bias is None else y.add_(self.bias)
 
 

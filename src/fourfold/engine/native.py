@@ -368,7 +368,7 @@ def inputs_obstacle(linear: Linear) -> str | None:
     """Why the inputs of ``linear`` cannot be what they must, or None."""
     if linear.activation is not None and not exact_in_bfloat16(linear.activation):
         return f"inputs are rounded to {linear.activation}"
-    return None
+    return "inputs are rounded with feedback" if linear.feedback else None
 
 
 def in_blocks(linear: Linear) -> bool:

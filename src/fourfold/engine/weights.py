@@ -92,6 +92,7 @@ class Weights:
             offset,
             self.activation(module),
             self.rotation(module),
+            self.feedback(module),
         )
         self.unread.append(linear)
         return linear
@@ -112,6 +113,11 @@ class Weights:
         scheme = self.checkpoint.quantization.layer(module)
         return scheme.activation if scheme else None
 
+    def feedback(self, module: str) -> int | None:
+        """The groups in which inputs of ``module`` are rounded with feedback, or None."""
+        scheme = self.checkpoint.quantization.layer(module)
+        return scheme.input_feedback if scheme else None
+
     def rotation(self, module: str) -> Tensor | None:
         """What the inputs of ``module`` are turned by, float32 [32, 32], or None."""
         scheme = self.checkpoint.quantization.layer(module)
@@ -131,7 +137,7 @@ class Weights:
         parts = [self.linear(prefix + name, size, in_features, bias) for name, size in outs.items()]
         if not self._may_fuse(prefix, outs) or len({part.activation for part in parts}) > 1:
             return FusedLinear(parts)
-        if not same_rotation(parts):
+        if not same_rotation(parts) or any(part.feedback for part in parts):
             return FusedLinear(parts)
         offsets = [part.bias for part in parts if part.bias is not None]
         weight = Unread(

@@ -1,8 +1,8 @@
 """The linear layer that calibration runs: an ``nn.Linear`` that computes as the served model will.
 
-On its way in, the input is turned (``rotation``) and then rounded (``activation``), as the checkpoint will
-ask of the engine. While a layer is worked on, ``rounds_input`` is off, ``observer`` sees every input, and
-``recall`` may have the output.
+On its way in, the input is turned (``rotation``) and then rounded (``activation``, with feedback where
+``feedback_group`` is given), as the checkpoint will ask of the engine. While a layer is worked on,
+``rounds_input`` is off, ``observer`` sees every input, and ``recall`` may have the output.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fourfold.compress.calibrated.recall import Recall
-from fourfold.formats import BlockFormat, turn
+from fourfold.core.quantization import LayerScheme
+from fourfold.formats import BlockFormat, get_format, turn
+from fourfold.kernels.feedback import InputFeedback
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -26,6 +28,26 @@ class CalibratedLinear(nn.Linear):
     rounds_input: bool = False
     observer: Observer | None = None
     recall: Recall | None = None
+    feedback_group: int | None = None
+    _feedback: InputFeedback | None = None
+    _feedback_for: tuple[int, int] = (0, 0)
+
+    def round_as(self, scheme: LayerScheme) -> None:
+        """Inputs are those of ``scheme`` when they are rounded."""
+        self.activation = get_format(scheme.activation) if scheme.activation else None
+        self.feedback_group, self._feedback = scheme.input_feedback, None
+
+    def refresh_feedback(self) -> None:
+        """Feedback for the weight as it is. Without gradients it is always so; while a weight is trained it
+        costs too much for every step, and whoever trains asks for it.
+        """
+        if self.feedback_group is None or self.activation is None:
+            return
+        if self._feedback is None:
+            self._feedback = InputFeedback(self.weight, self.activation.name, self.feedback_group)
+        else:
+            self._feedback.update(self.weight)
+        self._feedback_for = (self.weight.data_ptr(), self.weight._version)
 
     def reset_parameters(self) -> None:
         """Nothing: values come from a checkpoint, and on the meta device torch would import its compiler."""
@@ -38,8 +60,17 @@ class CalibratedLinear(nn.Linear):
         """A turned input in the values that the served model multiplies; gradients pass straight through."""
         if self.activation is None:
             return turned
-        rounded = self.activation.fake_quantize(turned)
+        rounded = self._nearest(turned, self.activation)
         return straight_through(turned, rounded) if turned.requires_grad else rounded
+
+    def _nearest(self, x: torch.Tensor, activation: BlockFormat) -> torch.Tensor:
+        if self.feedback_group is None:
+            return activation.fake_quantize(x)
+        stale = self._feedback_for != (self.weight.data_ptr(), self.weight._version)
+        if self._feedback is None or (stale and not torch.is_grad_enabled()):
+            self.refresh_feedback()
+        assert self._feedback is not None
+        return self._feedback(x)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""

@@ -35,7 +35,6 @@ from fourfold.compress.pipeline import Change, Pass, get_pass, options_of
 from fourfold.compress.recipe import Recipe
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
-from fourfold.formats import get_format
 
 LayerProgress = Callable[[int, int, str], None]
 """Called as ``progress(done, layers, what)``."""
@@ -230,7 +229,7 @@ class LayerLoop:
         layers = self.model.quantization.layers
         schemes = {name: layers[name] for name in linears if name in layers}
         for name, scheme in schemes.items():
-            linears[name].activation = get_format(scheme.activation) if scheme.activation else None
+            linears[name].round_as(scheme)
         return LayerWork(
             index=index,
             prefix=self.skeleton.prefix(index),

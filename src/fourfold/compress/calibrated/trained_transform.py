@@ -20,7 +20,7 @@ from fourfold.compress.calibrated.folding import norm_offset, preserved
 from fourfold.compress.calibrated.groups import Group, Trace, find_groups, scale_reader, scale_source
 from fourfold.compress.calibrated.linear import CalibratedLinear, straight_through
 from fourfold.compress.calibrated.skeleton import Skeleton
-from fourfold.compress.calibrated.whole import WholeModel, activation_of
+from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
@@ -71,7 +71,8 @@ class TrainedTransform:
         self._inputs = self._find_inputs()
         for name, scheme in self.model.schemes.items():
             linear = self.model.linears[name]
-            linear.__class__, linear.activation = TransformedLinear, activation_of(scheme)
+            linear.__class__ = TransformedLinear
+            linear.round_as(scheme.model_copy(update={"input_feedback": None}))
             assert isinstance(linear, TransformedLinear)
             linear.scheme, linear.rounds_input = scheme, True
         for layer in self.model.layers:

@@ -15,8 +15,6 @@ from fourfold.compress.calibrated.linear import CalibratedLinear
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import plain
 from fourfold.core.errors import FourfoldError
-from fourfold.core.quantization import LayerScheme
-from fourfold.formats import get_format
 
 
 class WholeModel:
@@ -46,7 +44,7 @@ class WholeModel:
     def round_inputs(self) -> None:
         """From now on inputs are rounded as the served model rounds them."""
         for name, scheme in self.schemes.items():
-            self.linears[name].activation = activation_of(scheme)
+            self.linears[name].round_as(scheme)
             self.linears[name].rounds_input = True
 
     @torch.no_grad()
@@ -68,11 +66,6 @@ def divergence_of(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL(wanted || found) of logits [B, T, V] in nats, the mean over all positions."""
     logs = F.log_softmax(found, -1), F.log_softmax(wanted, -1)
     return F.kl_div(*logs, log_target=True, reduction="sum") / wanted[..., 0].numel()
-
-
-def activation_of(scheme: LayerScheme):
-    """The format of ``scheme``'s inputs, or None."""
-    return get_format(scheme.activation) if scheme.activation else None
 
 
 def _net_around(skeleton: Skeleton, layers: nn.ModuleList) -> nn.Module:

@@ -15,7 +15,7 @@ from fourfold.compress.calibrated.routing import ExpertTokens, Routing, survey
 from fourfold.compress.calibrated.skeleton import Call
 from fourfold.compress.kv_calibration import KVObserver
 from fourfold.core.quantization import LayerScheme
-from fourfold.formats import BlockTensor, get_format
+from fourfold.formats import BlockTensor
 
 HIDDEN_DTYPE = torch.bfloat16  # of the states kept between layers: what the served model passes on
 
@@ -187,5 +187,5 @@ class LayerWork:
         """From now on inputs are rounded as the served model rounds them."""
         for name, scheme in self.schemes.items():
             linear = self.linears[name]
-            linear.activation = get_format(scheme.activation) if scheme.activation else None
+            linear.round_as(scheme)
             linear.rounds_input = True

@@ -37,6 +37,7 @@ from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
 
 WARM_UP_STEPS = 20
+REFRESH_STEPS = 250  # after so many, feedback of inputs is that of the weights as they are then
 BLOCKS, SCALES, WHOLE, TOTAL, NORM, REPORT = (
     ".blocks",
     ".scales",
@@ -80,6 +81,11 @@ class Student:
             group["lr"] = group["largest"] * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+
+    def refresh(self) -> None:
+        """Inputs are rounded for the weights of this moment, where they are rounded with feedback."""
+        for linear in self.model.linears.values():
+            linear.refresh_feedback()
 
     def snapshot(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Copies of what is trained."""
@@ -134,6 +140,8 @@ def _learn(
     first = least = float("inf")
     for step in range(options.steps + 1):
         student.latents.write()
+        if step % REFRESH_STEPS == 0:
+            student.refresh()
         if step in check_at:
             loss = divergence(base, model, held, options.micro)
             first = loss if step == 0 else first
@@ -273,5 +281,5 @@ PASS = Pass(
     learn=learn,
     layer=round_layer,
     options=Options,
-    only_after=("block-rotation", "kl-rotation"),
+    only_after=("block-rotation", "kl-rotation", "input-feedback"),
 )

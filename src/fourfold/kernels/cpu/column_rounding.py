@@ -6,6 +6,7 @@ cache, where torch makes nine calls for each column.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,34 +61,94 @@ class ColumnRounding:
         ``factor``, ``pull`` [b, b] and ``pending`` [b, out] are those of the feedback's block. Returns the
         errors w - q and what the columns were before they were rounded, [b, out] each, until the next call.
         """
-        assert native is not None
-        element, diagonal = self.block_format.element, factor.diagonal()
-        reach = (factor.T / diagonal[:, None]).contiguous()
         errors, before = self.results[:, : len(factor) * len(self.weight)].view(2, len(factor), -1)
-        native.round_columns(
-            self.weight,
-            self.codes,
-            self.scales,
-            torch.tensor([starts]),
-            reach,
-            None if pull is None else (pull.T / diagonal[:, None]).contiguous(),
-            _standing(reach),
-            diagonal[None].contiguous(),
-            None if pending is None else pending.contiguous(),
-            errors,
-            before,
-            (
-                element.bits,
-                element.mantissa_bits,
-                element.min_exponent,
-                element.max_exponent,
-                element.max,
-                smallest_fraction_added(element, self.rule),
-            ),
-            self.search,
-            torch.get_num_threads() == 1,
-        )
+        steps = Steps.of(factor)
+        tall = None if pull is None else (pull.T / steps.diagonal.T).contiguous()
+        pending = None if pending is None else pending.contiguous()
+        rules = _rules(self.block_format, self.rule)
+        _round(self, steps, torch.tensor([starts]), tall, pending, errors, before, rules)
         return errors, before
+
+
+class Steps(NamedTuple):
+    """A factor R [b, b] as C++ reads it: ``reach`` [b, b], ``standing`` [b, 32], ``diagonal`` [1, b]."""
+
+    reach: Tensor
+    standing: Tensor
+    diagonal: Tensor
+
+    @classmethod
+    def of(cls, factor: Tensor) -> "Steps":
+        """From R."""
+        diagonal = factor.diagonal()
+        reach = (factor.T / diagonal[:, None]).contiguous()
+        return cls(reach, _standing(reach), diagonal[None].contiguous())
+
+
+class RowRounding:
+    """Rounds whole rows, every group of b columns with the factor R [b, b] of its own and without a pull."""
+
+    def __init__(self, factors: Tensor, block_format: BlockFormat):
+        rule = block_format.default_rule
+        assert rule is not None, "MX formats have one"
+        self._rules, self._format = _rules(block_format, rule), block_format
+        first = range(0, len(factors) * factors.shape[-1], factors.shape[-1])
+        self._groups = [
+            (torch.tensor([list(range(begin, begin + len(factor), BLOCK))]), Steps.of(factor))
+            for begin, factor in zip(first, factors, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, factors: Tensor, block_format: BlockFormat) -> "RowRounding | None":
+        """From ``factors`` float32 [groups, b, b]; None where there is no C++ for them."""
+        here = native is not None and factors.device.type == "cpu"
+        return cls(factors, block_format) if here and len(factors) else None
+
+    def round(self, x: Tensor) -> Tensor:
+        """``x`` float32 [n, in] rounded."""
+        if not len(x):
+            return x
+        x = x.clone()
+        layout = self._format.empty_shapes(x.shape)
+        codes, scales = (torch.empty(shape, dtype=dtype) for shape, dtype in layout.values())
+        at = _Rounded(x, codes, scales)
+        results = x.new_empty(2, MOST_COLUMNS * len(x))
+        for starts, steps in self._groups:
+            errors, before = results[:, : steps.diagonal.numel() * len(x)].view(2, -1, len(x))
+            _round(at, steps, starts, None, None, errors, before, self._rules)
+        return x
+
+
+class _Rounded(NamedTuple):
+    weight: Tensor
+    codes: Tensor
+    scales: Tensor
+    search: bool = False
+
+
+def _round(
+    at: ColumnRounding | _Rounded,
+    steps: Steps,
+    starts: Tensor,
+    pull: Tensor | None,
+    pending: Tensor | None,
+    errors: Tensor,
+    before: Tensor,
+    rules: tuple[int, int, int, int, float, int],
+) -> None:
+    assert native is not None
+    alone = torch.get_num_threads() == 1
+    matrices = (steps.reach, pull, steps.standing, steps.diagonal)
+    native.round_columns(
+        at.weight, at.codes, at.scales, starts, *matrices, pending, errors, before, rules, at.search, alone
+    )
+
+
+def _rules(block_format: BlockFormat, rule: ScaleRule) -> tuple[int, int, int, int, float, int]:
+    element = block_format.element
+    exponents = (element.min_exponent, element.max_exponent)
+    added_from = smallest_fraction_added(element, rule)
+    return (element.bits, element.mantissa_bits, *exponents, element.max, added_from)
 
 
 def _standing(reach: Tensor) -> Tensor:
