@@ -1,6 +1,7 @@
-"""What the rotating passes share: which linear layers are rotated, and the turn itself."""
+"""What passes on inputs share: which linear layers are rotated or fed back, and the turn itself."""
 
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -9,7 +10,7 @@ from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import first_match
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import InputTransform
+from fourfold.core.quantization import InputTransform, LayerScheme
 from fourfold.formats import ROTATION_SIZE, turn
 
 IN_LAYER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
@@ -21,18 +22,33 @@ def rotated_model(model: Model, modules: list[str], transform: InputTransform, w
     Left alone is a layer whose inputs are no multiple of 32, and what lies outside the decoder layers. Raises
     UsageError when nothing is rotated.
     """
-    layers = {
-        name: scheme.model_copy(update={"input_transform": transform})
-        if first_match(modules, name) and can_turn(model, name)
-        else scheme
-        for name, scheme in model.quantization.layers.items()
-    }
-    if layers == model.quantization.layers:
+    rotated = with_inputs(model, modules, {"input_transform": transform})
+    if rotated is None:
         raise UsageError(
             f"The pass '{who}' rotates nothing: of the linear layers that the recipe rounds, none that has a "
             f"multiple of {ROTATION_SIZE} inputs matches `modules` ({', '.join(modules)}). Remove the pass, "
             "or change its globs."
         )
+    return rotated
+
+
+def with_inputs(
+    model: Model,
+    modules: list[str],
+    update: dict[str, object],
+    may: Callable[[str, LayerScheme], bool] = lambda name, scheme: True,
+) -> Model | None:
+    """``model`` with ``update`` in the schemes of all rounded linear layers of decoder layers that match
+    ``modules``, have a multiple of 32 inputs, and ``may`` have it; None when that changes nothing.
+    """
+    layers = {
+        name: scheme.model_copy(update=update)
+        if may(name, scheme) and first_match(modules, name) and can_turn(model, name)
+        else scheme
+        for name, scheme in model.quantization.layers.items()
+    }
+    if layers == model.quantization.layers:
+        return None
     quantization = model.quantization.model_copy(update={"layers": layers})
     return Model(model.config, model.entries, quantization)
 

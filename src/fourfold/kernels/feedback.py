@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fourfold.core.quantization import FeedbackGroup
-from fourfold.formats import BlockFormat, ScaleRule, get_format
+from fourfold.formats import BlockFormat, get_format
 from fourfold.kernels.cpu.column_rounding import MOST_COLUMNS, RowRounding
 
 RIDGE = 0.01  # of H's mean diagonal, added to it
@@ -51,7 +51,6 @@ class InputFeedback:
         self.form, self.group = get_format(activation), group_of(weight.shape[1], most)
         count = weight.shape[1] // self.group
         self.steps = torch.zeros(count, self.group, self.group, device=weight.device)
-        self.factors = torch.zeros_like(self.steps)
         self._rows: RowRounding | None = None
         self.update(weight)
 
@@ -67,9 +66,8 @@ class InputFeedback:
         # with rows and columns turned about, the lower factor of H is R, upper, of H = R R^T; and U is R^-1
         upper = torch.linalg.cholesky_ex(squares.flip(1, 2))[0].flip(1, 2)
         inverse = torch.linalg.solve_triangular(upper, one.expand_as(upper), upper=True)
-        self.factors.copy_(upper)
         self.steps.copy_((inverse / inverse.diagonal(dim1=1, dim2=2)[..., None]).triu_(1))
-        self._rows = RowRounding.of(self.factors, self.form)
+        self._rows = RowRounding.of(upper.float(), self.form)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -87,7 +85,7 @@ class InputFeedback:
         return round_in_torch(x, self.steps, self.form)
 
 
-def round_in_torch(x: Tensor, steps: Tensor, form: BlockFormat, rule: ScaleRule | None = None) -> Tensor:
+def round_in_torch(x: Tensor, steps: Tensor, form: BlockFormat) -> Tensor:
     """The specification: ``x`` float32 [n, in] rounded with ``steps`` [in / group, group, group], which holds
     U_jk / U_jj above the diagonal and zeros elsewhere.
     """
@@ -96,7 +94,7 @@ def round_in_torch(x: Tensor, steps: Tensor, form: BlockFormat, rule: ScaleRule 
     rounded = torch.empty_like(left)
     for begin in range(0, group, BLOCK):
         own = left[..., begin : begin + BLOCK]
-        scale = form.multipliers(form.scales(own.reshape(-1, BLOCK), rule, None), None).view(left.shape[:2])
+        scale = form.multipliers(form.scales(own.reshape(-1, BLOCK))).view(left.shape[:2])
         for j in range(begin, begin + BLOCK):
             value = left[..., j].clone()
             rounded[..., j] = form.element.round(value / scale) * scale

@@ -8,8 +8,10 @@ ends the next one begins. Price: the model in float32 on the device, and one for
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from fourfold.compress.calibrated.memory import is_out_of_memory, release
 from fourfold.compress.calibrated.skeleton import Skeleton
@@ -68,9 +70,7 @@ class WholeAuthor:
         tokens = new = torch.tensor([self.begin(number) for number in numbers])
         greedy_until, cache = tokens.shape[1] + GREEDY_TOKENS, None
         while tokens.shape[1] < self.sequence_tokens:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                out = net(input_ids=new.to(self.device), past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()
+            logits, cache = _next(net, new.to(self.device), cache)
             new = logits.argmax(-1).cpu() if tokens.shape[1] < greedy_until else draw(logits, generators)
             new = new[:, None]
             tokens = torch.cat([tokens, new], 1)
@@ -121,9 +121,14 @@ def _go_on(
 ) -> torch.Tensor:
     tokens, new, cache = [begun], begun, None
     for _ in range(sequence_tokens - begun.shape[1]):
-        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
-            out = model.net(input_ids=new, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        new = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+        logits, cache = _next(model.net, new, cache)
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens.append(new)
     return torch.cat(tokens, 1).cpu()
+
+
+def _next(net: nn.Module, new: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    """After the tokens in ``cache`` and ``new`` [n, t]: float32 logits [n, V] of the next, and the cache."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=new.is_cuda):
+        out = net(input_ids=new, past_key_values=cache, use_cache=True)
+    return out.logits[:, -1].float(), out.past_key_values

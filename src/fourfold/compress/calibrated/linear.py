@@ -30,7 +30,6 @@ class CalibratedLinear(nn.Linear):
     recall: Recall | None = None
     feedback_group: int | None = None
     _feedback: InputFeedback | None = None
-    _feedback_for: tuple[int, int] = (0, 0)
 
     def round_as(self, scheme: LayerScheme) -> None:
         """Inputs are those of ``scheme`` when they are rounded."""
@@ -38,16 +37,17 @@ class CalibratedLinear(nn.Linear):
         self.feedback_group, self._feedback = scheme.input_feedback, None
 
     def refresh_feedback(self) -> None:
-        """Feedback for the weight as it is. Without gradients it is always so; while a weight is trained it
-        costs too much for every step, and whoever trains asks for it.
-        """
+        """Feedback for the weight as it is, in the same memory: whoever trains it asks now and then."""
         if self.feedback_group is None or self.activation is None:
             return
         if self._feedback is None:
             self._feedback = InputFeedback(self.weight, self.activation.name, self.feedback_group)
         else:
             self._feedback.update(self.weight)
-        self._feedback_for = (self.weight.data_ptr(), self.weight._version)
+
+    def weight_changed(self) -> None:
+        """The weight is another one: feedback for it is made when it is needed."""
+        self._feedback = None
 
     def reset_parameters(self) -> None:
         """Nothing: values come from a checkpoint, and on the meta device torch would import its compiler."""
@@ -66,8 +66,7 @@ class CalibratedLinear(nn.Linear):
     def _nearest(self, x: torch.Tensor, activation: BlockFormat) -> torch.Tensor:
         if self.feedback_group is None:
             return activation.fake_quantize(x)
-        stale = self._feedback_for != (self.weight.data_ptr(), self.weight._version)
-        if self._feedback is None or (stale and not torch.is_grad_enabled()):
+        if self._feedback is None:
             self.refresh_feedback()
         assert self._feedback is not None
         return self._feedback(x)

@@ -151,6 +151,7 @@ class LayerWork:
 
     def changed(self, name: str) -> None:
         """The weight of the linear layer ``name`` has, or is about to have, other values."""
+        self.linears[name].weight_changed()
         if self.recall is not None:
             self.recall.forget(self.linears[name])
 

@@ -140,7 +140,7 @@ def _learn(
     first = least = float("inf")
     for step in range(options.steps + 1):
         student.latents.write()
-        if step % REFRESH_STEPS == 0:
+        if step % REFRESH_STEPS == 0 or step in check_at:
             student.refresh()
         if step in check_at:
             loss = divergence(base, model, held, options.micro)

@@ -15,10 +15,9 @@ from pydantic import Field
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import Pass
-from fourfold.compress.recipe import first_match
-from fourfold.compress.rotated import can_turn
+from fourfold.compress.rotated import with_inputs
 from fourfold.core.errors import UsageError
-from fourfold.core.quantization import FeedbackGroup
+from fourfold.core.quantization import FeedbackGroup, LayerScheme
 from fourfold.core.records import Record
 from fourfold.kernels.feedback import takes_feedback
 
@@ -35,23 +34,18 @@ def prepare(model: Model, options: Options) -> Model:
 
     Raises UsageError when there are none.
     """
-    update = {"input_feedback": options.group}
-    layers = {
-        name: scheme.model_copy(update=update)
-        if takes_feedback(scheme.activation)
-        and ".experts." not in name
-        and first_match(options.modules, name)
-        and can_turn(model, name)
-        else scheme
-        for name, scheme in model.quantization.layers.items()
-    }
-    if layers == model.quantization.layers:
+
+    def may(name: str, scheme: LayerScheme) -> bool:
+        return takes_feedback(scheme.activation) and ".experts." not in name
+
+    fed_back = with_inputs(model, options.modules, {"input_feedback": options.group}, may)
+    if fed_back is None:
         raise UsageError(
             f"The pass '{PASS.name}' finds no input to round: no linear layer that matches `modules` "
             f"({', '.join(options.modules)}) has an activation format of floats in blocks of 32 (mxfp4, "
             "mxfp6-*, mxfp8-*). Give the rule an `activation`, or remove the pass."
         )
-    return Model(model.config, model.entries, model.quantization.model_copy(update={"layers": layers}))
+    return fed_back
 
 
 def note(work: LayerWork, options: Options) -> None:
