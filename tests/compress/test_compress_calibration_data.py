@@ -41,10 +41,11 @@ def test_sequences_are_cut_without_overlap_and_a_seed_decides_where(tmp_path):
 def test_too_short_a_text_names_the_tokens_and_what_would_fit():
     with pytest.raises(UsageError, match=r"has 1000 tokens, but 51 sequences of 20 need 1020.*--samples 50"):
         cut(torch.arange(1000), 51, 20, 0, "x")
-    with pytest.raises(UsageError, match=r"has 10 tokens.*--sequence-tokens 5"):
+    with pytest.raises(UsageError, match=r"has 10 tokens.*ask for less: --samples 1 --sequence-tokens 10"):
         cut(torch.arange(10), 2, 20, 0, "x")
-    with pytest.raises(UsageError, match="has 0 tokens"):
-        cut(torch.arange(0), 2, 20, 0, "x")
+    for few in (0, 7):  # the command takes no sequences of less than 8
+        with pytest.raises(UsageError, match=rf"has {few} tokens.*Give a longer text\.$"):
+            cut(torch.arange(few), 2, 20, 0, "x")
 
 
 def test_a_text_is_one_document_however_long(tmp_path):
@@ -68,6 +69,7 @@ def test_jsonl_takes_texts_and_conversations(tmp_path):
     [
         ('{"text": 3}', "Line 2 of .*neither a `text`"),
         ('{"messages": []}', "Line 2 of .*`messages`"),
+        ('{"messages": [{"content": "x"}]}', "Line 2 of .*`messages`"),
         ("[1]", "Line 2 of .*neither"),
         ("{", "Line 2 of .*not JSON"),
     ],
@@ -84,6 +86,22 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(FourfoldError, match=r"not UTF-8 \(byte 3\)"):
         read_calibration(str(tmp_path / "b.txt"), Letters(), 1, 2, 0)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab")
+    found = read_calibration(str(tmp_path / "a.txt"), Letters(), 1, 3, 0)
+    assert found.token_ids[0].tolist() == [999, 97, 98]
+
+
+def test_conversations_for_a_model_that_takes_none(tmp_path):
+    class Plain(Letters):
+        def apply_chat_template(self, messages, add_generation_prompt=True):
+            raise UsageError("It has no chat template.")
+
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "c"}]}))
+    with pytest.raises(UsageError, match=r"hold conversations.*no chat template\. Or give plain texts"):
+        read_calibration(str(tmp_path / "a.jsonl"), Plain(), 1, 2, 0)
 
 
 def test_a_dataset_without_its_library(monkeypatch):

@@ -16,6 +16,7 @@ from fourfold.core.errors import UsageError
 
 SAMPLES = 512
 SEQUENCE_TOKENS = 512
+SHORTEST_SEQUENCE = 8
 SELF_WRITTEN = "written by the model itself"
 
 
@@ -94,16 +95,21 @@ def cut(
     """
     needed = samples * sequence_tokens
     if len(token_ids) < needed:
-        fitting = len(token_ids) // sequence_tokens
-        remedy = (
-            f"--samples {fitting}" if fitting else f"--sequence-tokens {max(1, len(token_ids) // samples)}"
-        )
         raise UsageError(
             f"The calibration text {source} has {len(token_ids)} tokens, but {samples} sequences of "
-            f"{sequence_tokens} need {needed}. Give a longer text, or ask for less: {remedy}."
+            f"{sequence_tokens} need {needed}. Give a longer text{_less(len(token_ids), sequence_tokens)}."
         )
     generator = torch.Generator().manual_seed(seed)
     spare = torch.randint(0, len(token_ids) - needed + 1, (samples,), generator=generator).sort().values
     starts = spare + torch.arange(samples) * sequence_tokens
     rows = token_ids[starts[:, None] + torch.arange(sequence_tokens)]
     return CalibrationSet(rows.to(torch.int64), source, seed)
+
+
+def _less(tokens: int, sequence_tokens: int) -> str:
+    """What to ask for where a text has so few tokens, if that is anything to calibrate on."""
+    if tokens >= sequence_tokens:
+        return f", or ask for less: --samples {tokens // sequence_tokens}"
+    if tokens >= SHORTEST_SEQUENCE:
+        return f", or ask for less: --samples 1 --sequence-tokens {tokens}"
+    return ""

@@ -59,7 +59,7 @@ def read_calibration(
 def read_text(path: Path) -> str:
     """The whole file. Raises FourfoldError when it is not UTF-8."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise FourfoldError(
             f"The calibration text {path} is not UTF-8 (byte {error.start}). Convert it, e.g. with "
@@ -115,11 +115,15 @@ def _document(row: object, place: str) -> Document:
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str):
             return text
-        if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
             return messages
     raise FourfoldError(
         f"{place} has neither a `text` (a string) nor `messages` (a list of objects with role and content)."
     )
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
 
 
 def _joined(documents: Iterable[Document], encoder: TextEncoder, limit: int | None = None) -> torch.Tensor:
@@ -137,7 +141,13 @@ def _joined(documents: Iterable[Document], encoder: TextEncoder, limit: int | No
 
 def _encoded(document: Document, encoder: TextEncoder) -> Iterator[list[int]]:
     if not isinstance(document, str):
-        yield encoder.apply_chat_template(document, add_generation_prompt=False)
+        try:
+            yield encoder.apply_chat_template(document, add_generation_prompt=False)
+        except FourfoldError as error:
+            raise UsageError(
+                f"The calibration data hold conversations, which this model cannot read: {error} Or give "
+                "plain texts."
+            ) from error
         return
     for index, piece in enumerate(_pieces(document)):
         yield encoder.encode(piece, add_special_tokens=index == 0)
