@@ -1,6 +1,9 @@
 """What a program may do, and that no way of ending early passes for having passed."""
 
+import contextlib
 import os
+import secrets
+import socket
 import sys
 import time
 from pathlib import Path
@@ -71,6 +74,21 @@ os._exit(0)
     assert not ended(forge).passed
 
 
+def test_lines_of_the_wrong_shape_do_not_stop_the_evaluation():
+    spoil = """
+import os
+for number in range(3, 64):
+    for line in (b'{"isolation": 5}', b'{"error": [1]}', b'{"token": {}}', b'[' * 20000, bytes([255])):
+        try:
+            os.write(number, b"\\n" + line + b"\\n")
+        except OSError:
+            pass
+assert False, 'spoilt'
+"""
+    verdict = ended(spoil)
+    assert not verdict.passed and "spoilt" in verdict.reason and verdict.isolation
+
+
 @pytest.mark.parametrize("program", ["while True: pass", "import time\ntime.sleep(60)"])
 def test_a_program_that_does_not_end_is_stopped(program):
     start = time.monotonic()
@@ -120,6 +138,23 @@ def test_files_outside_cannot_be_written_changed_or_removed(tmp_path):
     assert victim.read_text() == "whole" and [p.name for p in tmp_path.iterdir()] == ["victim.txt"]
 
 
+def test_named_pipes_and_devices_are_files_outside_too(tmp_path):
+    """A read-only mount holds back neither."""
+    needs("files")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+    tmp_path.chmod(0o777)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        verdict = ended(f"import os\nos.write(os.open({str(pipe)!r}, os.O_WRONLY), b'escaped')")
+        assert "PermissionError" in verdict.reason and os.read(reader, 9) == b""
+    finally:
+        os.close(reader)
+    assert "PermissionError" in ended("open('/dev/zero', 'wb')").reason
+    assert ended("open('/dev/null', 'w').write('x')").passed
+
+
 def test_its_own_folder_takes_little_and_is_gone_afterwards(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tmp_path.chmod(0o777)
@@ -132,7 +167,84 @@ def test_its_own_folder_takes_little_and_is_gone_afterwards(monkeypatch, tmp_pat
 def test_there_is_no_network():
     needs("network")
     verdict = ended("import socket\nsocket.create_connection(('127.0.0.1', 9), 5)")
-    assert "unreachable" in verdict.reason
+    assert "not permitted" in verdict.reason or "unreachable" in verdict.reason
+
+
+def test_no_socket_with_a_path_is_reached(tmp_path, monkeypatch):
+    """Not a matter of network namespaces: a container's daemon listens at such a path."""
+    needs("network")
+    monkeypatch.chdir(tmp_path)  # paths of sockets are short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("door")
+        server.listen()
+        Path("door").chmod(0o666)
+        tmp_path.chmod(0o777)
+        connect = "socket.socket(socket.AF_UNIX).connect('door')"
+        verdict = ended(f"import os, socket\nos.chdir({str(tmp_path)!r})\n{connect}")
+        assert not verdict.passed and "PermissionError" in verdict.reason
+
+
+def test_memory_that_no_limit_counts_is_refused():
+    needs("new processes")
+    segment = "import ctypes\nassert ctypes.CDLL(None).shmget(0, 4096, 0o1600) == -1"
+    assert ended(segment).passed
+    assert "PermissionError" in ended("import os\nos.memfd_create('x')").reason
+
+
+def test_what_leaves_its_group_does_not_outlive_the_end():
+    """A program that has taken back to die with its parent, and is in a session of its own."""
+    needs("new processes")
+    name = secrets.token_hex(6)
+    leave = f"""
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+libc.prctl(15, b"{name}", 0, 0, 0)
+libc.prctl(1, 0, 0, 0, 0)
+try:
+    os.setsid()
+finally:
+    time.sleep(30)
+"""
+    assert ended(leave, Limits(wall_s=2.0)).reason == "timed out"
+    time.sleep(0.2)
+    assert not [line for line in running() if name in line]
+
+
+def running() -> list[str]:
+    """The `stat` lines of all processes that are not dead and only waiting to be told so."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_text())
+    return [line for line in lines if ") Z " not in line]
+
+
+@pytest.fixture
+def no_namespaces(monkeypatch, tmp_path):
+    """A kernel that grants no user namespaces, as some distributions have it."""
+    guard = tmp_path / "guard.py"
+    guard.write_text(
+        "from importlib.util import module_from_spec, spec_from_file_location\n"
+        f"spec = spec_from_file_location('guard', {str(sandbox.GUARD)!r})\n"
+        "module = module_from_spec(spec)\nspec.loader.exec_module(module)\n"
+        "module.namespaces = lambda *_: []\nmodule.main()\n"
+    )
+    monkeypatch.setattr(sandbox, "GUARD", guard)
+
+
+def test_without_namespaces_other_walls_stand(no_namespaces, tmp_path):
+    needs("new processes")
+    verdict = ended("import socket\nsocket.socket()")
+    assert "PermissionError" in verdict.reason and "no network" in verdict.isolation
+    assert "no other processes in sight" not in verdict.isolation
+    if "files read-only outside its own folder" not in verdict.isolation:
+        pytest.skip("this kernel has no Landlock")
+    victim = tmp_path / "victim.txt"
+    victim.write_text("whole")
+    for attempt in (f"open({str(victim)!r}, 'w')", f"import os\nos.remove({str(victim)!r})"):
+        assert "PermissionError" in ended(attempt).reason
+    assert ended("open('own', 'w').write('x')\nassert open('own').read() == 'x'").passed
+    assert victim.read_text() == "whole"
 
 
 def test_other_processes_are_not_in_sight():

@@ -7,7 +7,8 @@ report. So an exit code says nothing, and a program that exits early has not pas
 Price: program and tests share one interpreter, as HumanEval's tests need it. A program written to cheat could
 search the interpreter for the token; the kernel's walls around the process do not depend on that.
 
-Sources: user_namespaces(7), mount_setattr(2), capabilities(7), setrlimit(2), prctl(2), seccomp(2).
+Sources: user_namespaces(7), mount_setattr(2), capabilities(7), setrlimit(2), prctl(2), seccomp(2),
+landlock(7).
 """
 
 import contextlib
@@ -32,11 +33,26 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 CAPABILITY_VERSION_3 = 0x20080522
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SECCOMP_ALLOW, SECCOMP_ERRNO = 22, 2, 0x7FFF0000, 0x50000
 CLONE_THREAD, SYS_CLONE3 = 0x10000, 435
-# machine -> AUDIT_ARCH, clone, other makers of processes: fork, vfork, execve, execveat, unshare
+# machine -> AUDIT_ARCH, clone, prctl, and what is refused: (fork, vfork,) execve, execveat, unshare make
+# processes; setsid, setpgid leave the group that is killed at the end; socket, io_uring_setup reach sockets
+# with a path, and the hypervisor, which no network namespace holds back; shmget, msgget, memfd_create hold
+# memory that no limit counts; add_key, request_key, keyctl see the caller's keys
 SYSCALLS = {
-    "x86_64": (0xC000003E, 56, (57, 58, 59, 322, 272)),
-    "aarch64": (0xC00000B7, 220, (221, 281, 97)),
+    "x86_64": (
+        0xC000003E,
+        56,
+        157,
+        (57, 58, 59, 322, 272, 112, 109, 41, 425, 29, 68, 319, 248, 249, 250),
+    ),
+    "aarch64": (0xC00000B7, 220, 167, (221, 281, 97, 157, 154, 198, 425, 194, 186, 279, 217, 218, 219)),
 }
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # on every architecture
+LANDLOCK_VERSION, LANDLOCK_BENEATH = 1, 1
+# landlock(7): rights to write, remove and make; then, each with the first version that knows it, refer,
+# truncate and ioctl of devices
+WRITE_FILE, WRITES, LATER_WRITES = 1 << 1, 0x1FF2, ((2, 1 << 13), (3, 1 << 14), (5, 1 << 15))
+SCOPE_VERSION, SCOPE_SIGNALS = 6, 2
+FILES_WALL, NETWORK_WALL = "files read-only outside its own folder", "no network"
 
 
 def main() -> None:
@@ -47,7 +63,7 @@ def main() -> None:
     walls = ["own process", "limits", *isolate(job["limits"]["disk_bytes"])]
     limit(job["limits"])
     if sys.platform == "linux":
-        forbid_processes()
+        walls += [wall for wall in forbid() if wall not in walls]
     if cannot_fork():
         walls.append("no new processes")
     write(report, {"isolation": walls})
@@ -80,6 +96,8 @@ def isolate(disk_bytes: int) -> list[str]:
     if sys.platform == "linux":
         walls += namespaces(libc, disk_bytes)
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if write_only_here(libc) and FILES_WALL not in walls:
+            walls.append(FILES_WALL)
     return walls
 
 
@@ -107,7 +125,7 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWPID) != 0:
         return []
-    walls = ["no network", "no other processes in sight"]
+    walls = [NETWORK_WALL, "no other processes in sight"]
     with contextlib.suppress(OSError):
         for name, line in (
             ("setgroups", "deny"),
@@ -116,7 +134,7 @@ def namespaces(libc: ctypes.CDLL, disk_bytes: int) -> list[str]:
         ):
             Path(f"/proc/self/{name}").write_text(line)
         if read_only_files(libc, disk_bytes):
-            walls.append("files read-only outside its own folder")
+            walls.append(FILES_WALL)
     child = os.fork()  # only children are inside a new process namespace
     if child:
         _, status = os.waitpid(child, 0)
@@ -143,6 +161,25 @@ def read_only_files(libc: ctypes.CDLL, disk_bytes: int) -> bool:
     return done
 
 
+def write_only_here(libc: ctypes.CDLL) -> bool:
+    """Landlock: nothing outside the working folder (and /dev/null) is opened for writing, and no process
+    outside gets a signal or is looked into. A read-only mount leaves devices and named pipes writable."""
+    version = libc.syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION)
+    if version < 1:
+        return False
+    rights = WRITES | sum(right for first, right in LATER_WRITES if first <= version)
+    scoped = SCOPE_SIGNALS if version >= SCOPE_VERSION else 0
+    wanted = (ctypes.c_uint64 * 3)(rights, 0, scoped)  # files, network ports, scopes
+    rules = libc.syscall(LANDLOCK_CREATE, wanted, ctypes.sizeof(wanted), 0)
+    for path, allowed in ((".", rights), (os.devnull, WRITE_FILE | rights & 1 << 14)):
+        place = os.open(path, os.O_PATH)
+        libc.syscall(LANDLOCK_ADD, rules, LANDLOCK_BENEATH, struct.pack("=Qi", allowed, place), 0)
+        os.close(place)
+    done = libc.syscall(LANDLOCK_RESTRICT, rules, 0) == 0
+    os.close(rules)
+    return done
+
+
 def limit(limits: dict) -> None:
     """Limits of this process; the hard ones, so that they cannot be raised again."""
     cpu_s = limits["cpu_s"]
@@ -160,24 +197,28 @@ def limit(limits: dict) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def forbid_processes() -> None:
-    """A system call filter: threads yes, processes no. RLIMIT_NPROC alone does not bind root."""
+def forbid() -> list[str]:
+    """A system call filter, see SYSCALLS: threads yes, processes no (RLIMIT_NPROC alone does not bind root),
+    and no sockets. Returns the wall that the latter are."""
     if platform.machine() not in SYSCALLS:
-        return
-    arch, clone, others = SYSCALLS[platform.machine()]
+        return []
+    arch, clone, prctl, refused = SYSCALLS[platform.machine()]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     refuse = (answer, 0, 0, SECCOMP_ERRNO | errno.EPERM)
     steps = [(load, 0, 0, 4), (equal, 1, 0, arch), refuse]
     steps += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), refuse]  # x32 calls: other numbers
-    for number in others:
+    for number in refused:
         steps += [(equal, 0, 1, number), refuse]
     # ENOSYS sends the C library to clone, whose flags a filter can see
     steps += [(equal, 0, 1, SYS_CLONE3), (answer, 0, 0, SECCOMP_ERRNO | errno.ENOSYS)]
-    steps += [(equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD), refuse]
+    # to die with its parent is not to be taken back
+    steps += [(equal, 0, 3, prctl), (load, 0, 0, 16), (equal, 0, 1, PR_SET_PDEATHSIG), refuse]
+    steps += [(load, 0, 0, 0), (equal, 0, 3, clone), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD), refuse]
     steps += [(answer, 0, 0, SECCOMP_ALLOW)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     header = struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code))
-    ctypes.CDLL(None).prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)
+    done = ctypes.CDLL(None).prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0) == 0
+    return [NETWORK_WALL] if done else []
 
 
 def cannot_fork() -> bool:

@@ -3,8 +3,9 @@
 A program gets: a process group of its own, killed whole at the end; ``python -I -S`` (no site packages, no
 variables of the caller's), an empty environment and folder, nothing on stdin; limits on CPU seconds, address
 space, file sizes, open files and processes. On Linux, where the kernel lets it, also: user nobody when
-started by root, no network, no other process in sight, every file outside its folder read-only, a system
-call filter against new processes. Which of these were had is in the verdict: not every machine grants them.
+started by root, no network (and no sockets: those with a path are not the network's), no other process in
+sight, every file outside its folder read-only, a system call filter against new processes and memory that no
+limit counts. Which of these were had is in the verdict: not every machine grants them.
 
 Price: some 50 ms a program. What it is not: proof against a hole in the kernel. What the user may read (what
 everybody may, when root starts it) can be read inside.
@@ -23,7 +24,7 @@ from math import ceil
 from pathlib import Path
 from typing import IO
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
@@ -59,6 +60,14 @@ class Verdict(Record):
     passed: bool
     reason: str = Field(description="'passed', 'timed out', an exception's name and text, or how it died")
     isolation: list[str] = Field(description="the walls that were had; empty when the guard never started")
+
+
+class ReportLine(Record):
+    """What the guard writes; whatever else a program may have written there is none."""
+
+    isolation: list[str] = []
+    token: str | None = None
+    error: str | None = None
 
 
 def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> Verdict:
@@ -119,14 +128,12 @@ def _verdict(report: bytes, token: str, code: int | None) -> Verdict:
     passed = False
     for line in report.splitlines():
         try:
-            said = json.loads(line)
-        except ValueError:
+            said = ReportLine.model_validate_json(line)
+        except ValidationError:
             continue  # the program may write here too; it does not know the token
-        if not isinstance(said, dict):
-            continue
-        isolation = [str(wall) for wall in said.get("isolation", isolation)]
-        passed = passed or (said.get("token") == token and code is not None)
-        reason = str(said.get("error", reason))[:300] if code is not None else reason
+        isolation = isolation or said.isolation
+        passed = passed or (said.token == token and code is not None)
+        reason = said.error[:300] if said.error and code is not None else reason
     return Verdict(passed=passed, reason="passed" if passed else reason, isolation=isolation)
 
 
