@@ -23,10 +23,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def make(source: Path, place: Path, workers: int | None = None, recipe: Recipe = GPTQ) -> dict[str, bytes]:
+def make(
+    source: Path, place: Path, workers: int | None = None, recipe: Recipe = GPTQ, progress=None
+) -> dict[str, bytes]:
     place.mkdir()
     sharing = None if workers is None else spread_over(workers, str(source), recipe, "cpu")
-    quantize(source, place / "out", recipe, calibration=TOKENS, spread=sharing)
+    quantize(source, place / "out", recipe, calibration=TOKENS, spread=sharing, layer_progress=progress)
     return contents(place / "out")
 
 
@@ -52,9 +54,12 @@ def test_workers_change_no_byte_and_may_die(tiny_llama, tmp_path, monkeypatch):
         alone = make(tiny_llama, tmp_path / "alone")
     finally:
         torch.set_num_threads(threads)
-    shared = make(tiny_llama, tmp_path / "shared", workers=2)
+    told = []
+    progress = lambda done, layers, name: told.append((done, layers))  # noqa: E731
+    shared = make(tiny_llama, tmp_path / "shared", workers=2, progress=progress)
     assert Path(marker).exists()
     assert shared == alone
+    assert told == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_the_inputs_are_those_of_the_original_model(tiny_llama, tmp_path):

@@ -13,6 +13,7 @@ from compress_models import change_tensor
 from tiny_models import build_tiny_model
 
 from fourfold.compress import Recipe, quantize
+from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.core.errors import FourfoldError, UsageError
@@ -219,3 +220,35 @@ def test_memory_for_not_even_one_sequence_is_told(tiny_llama, tmp_path, monkeypa
         run(tiny_llama, tmp_path / "out")
     monkeypatch.undo()
     run(tiny_llama, tmp_path / "out", resume=True)
+
+
+def test_memory_that_ends_before_the_first_layer_is_told(tiny_llama, tmp_path, monkeypatch):
+    def full(self, batches):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Skeleton, "enter", full)
+    with pytest.raises(FourfoldError, match=r"beside the layers .*does not fit .*--resume"):
+        run(tiny_llama, tmp_path / "out")
+    monkeypatch.undo()
+    run(tiny_llama, tmp_path / "out", resume=True)
+
+
+def test_a_resume_counts_what_it_does_itself(tiny_llama, tmp_path):
+    """What was finished before goes by in a moment, and would make the time left too short."""
+    with pytest.raises(StoppedError):
+        run(tiny_llama, tmp_path / "out", layer_progress=stop_after(1))
+    told = []
+    run(tiny_llama, tmp_path / "out", resume=True, layer_progress=lambda *of: told.append(of))
+    assert told == [(1, 2, "model.layers.1")] * 2 + [(2, 2, "model.layers.1")]
+
+
+def test_a_kill_after_the_last_rename_loses_nothing(tiny_llama, tmp_path):
+    """The command may be repeated until it succeeds, whenever it was killed; another command is refused."""
+    out = tmp_path / "out"
+    manifest = run(tiny_llama, out)
+    before = contents(out)
+    assert run(tiny_llama, out, resume=True) == manifest
+    assert contents(out) == before and not list(tmp_path.glob("*.partial"))
+    for other in ({}, {"resume": True, "tokens": TOKENS[:4]}, {"resume": True, "dialect": "quark"}):
+        with pytest.raises(UsageError, match="exists already"):
+            run(tiny_llama, out, **other)

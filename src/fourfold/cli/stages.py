@@ -4,11 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fourfold.cli.output import stderr
 
-SPEED_WINDOW_S = 3600.0  # a layer may take many minutes, and the time left is told from several
 LINE_EVERY_S = 60.0
 
 
@@ -35,32 +34,35 @@ class Stages:
 
     def _update(self, stage: str, what: str, done: int, total: int) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self.bars.add_task(stage, total=total)
+            self._tasks[stage] = self.bars.add_task(stage, total=total, left="")
+        if done <= self._begin.get(stage, (0.0, done))[1]:  # nothing is done yet: time counts from now on
             self._begin[stage] = (time.monotonic(), done)
-        self.bars.update(self._tasks[stage], completed=done, total=total, description=f"{stage} {what}")
+        left = self._left(stage, done, total)
+        self.bars.update(
+            self._tasks[stage], completed=done, total=total, description=f"{stage} {what}", left=left
+        )
         if self.bars.disable and time.monotonic() - self._told_s >= LINE_EVERY_S:
             self._told_s = time.monotonic()
-            stderr.print(f"{stage}: {done} of {total} ({what}){self._left(stage, done, total)}", markup=False)
+            stderr.print(f"{stage}: {done} of {total} ({what}){left and f', {left}'}", markup=False)
 
     def _left(self, stage: str, done: int, total: int) -> str:
         begin_s, begun = self._begin[stage]
         if done <= begun:
             return ""
         left_s = (time.monotonic() - begin_s) / (done - begun) * (total - done)
-        return f", about {duration_text(left_s)} left"
+        return f"about {duration_text(left_s)} left"
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
     """The display, gone when the work is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns,
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,
-        speed_estimate_period=SPEED_WINDOW_S,
-    ) as bars:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         yield Stages(bars)
 
 

@@ -49,7 +49,7 @@ def spread_over(workers: int, source: str, recipe: Recipe, device: str) -> Sprea
         if not todo:
             return
         with ray_cluster(workers, device):
-            team = Team(workers, source, loop, device, progress)
+            team = Team(workers, source, loop, device, progress, count - len(todo))
             for index, states in loop.original_states(todo[-1]):
                 if index in todo:
                     team.wait_until_fewer_than(AHEAD * workers)
@@ -63,14 +63,23 @@ def spread_over(workers: int, source: str, recipe: Recipe, device: str) -> Sprea
 class Team:
     """Workers, and which layers they are at. They are hired when the first layer is given."""
 
-    def __init__(self, size: int, source: str, loop: LayerLoop, device: str, progress: LayerProgress | None):
+    def __init__(
+        self,
+        size: int,
+        source: str,
+        loop: LayerLoop,
+        device: str,
+        progress: LayerProgress | None,
+        done: int = 0,
+    ):
         self.size, self.source, self.loop, self.device, self.progress = size, source, loop, device, progress
         self._tokens: Any = None
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, int]] = {}
         self._waiting: deque[int] = deque()
         self._deaths: Counter[int] = Counter()
-        self._done = 0
+        self._done = done
+        self._tell(0)
 
     def give(self, index: int) -> None:
         """Have layer ``index`` made, whose states are on disk."""
@@ -108,6 +117,9 @@ class Team:
     def _finished(self, index: int) -> None:
         self.loop.store.discard(states_key(index))
         self._done += 1
+        self._tell(index)
+
+    def _tell(self, index: int) -> None:
         if self.progress is not None:
             self.progress(self._done, len(self.loop.skeleton), self.loop.skeleton.prefix(index))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import ValidationError
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
@@ -19,7 +20,7 @@ from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
 from fourfold.core.errors import UsageError
 from fourfold.core.machine import installed_version
-from fourfold.core.manifest import Manifest
+from fourfold.core.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from fourfold.compress.calibrated.run import Spread
@@ -48,17 +49,21 @@ def quantize(
     """Make the checkpoint ``out`` from ``source`` (a folder, a GGUF file, a hub name) by ``recipe``.
 
     A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``;
-    ``layer_progress(done, layers, name)`` is told of each, and ``writing_progress(done, samples)`` of the
-    calibration sequences that the model writes itself. ``spread`` shares the layers among workers, where the
-    recipe's ``inputs`` are ``original``. Returns the manifest that was written. Raises
-    UsageError for a call or recipe that makes no sense and for an existing ``out``, FourfoldError for a
-    source that cannot be read or rounded; both before anything is written, save for NaN and Inf weights,
-    which are found when they are read.
+    ``layer_progress(done, layers, name)`` is told of the first and of each that is finished, and
+    ``writing_progress(done, samples)`` of the calibration sequences that the model writes itself. ``spread``
+    shares the layers among workers, where the recipe's ``inputs`` are ``original``. Returns the manifest that
+    was written; with ``resume``, an ``out`` that the same arguments made is left as it is. Raises UsageError
+    for a call or recipe that makes no sense and for any other existing ``out``, FourfoldError for a source
+    that cannot be read or rounded; both before anything is written, save for NaN and Inf weights, which are
+    found when they are read.
     """
     recipe = load_recipe(recipe)
     check_recipe(recipe)
     check_calibration(recipe, calibration)
     checkpoint = open_source(source)
+    depends_on = fingerprint(checkpoint, recipe, calibration, device)
+    if resume and (done := finished_manifest(Path(out), depends_on | {"dialect": dialect})) is not None:
+        return done
     prepared = prepare(recipe, resolve(checkpoint, recipe).model)
     model = run_passes(recipe, prepared)
     writer = CheckpointWriter(
@@ -67,7 +72,7 @@ def quantize(
         checkpoint.config,
         model.quantization,
         model.infos(),
-        fingerprint=fingerprint(checkpoint, recipe, calibration, device),
+        fingerprint=depends_on,
         resume=resume,
         max_shard_bytes=max_shard_bytes,
         kv_scales_follow=calibration is not None and is_calibrated(recipe),
@@ -90,6 +95,18 @@ def quantize(
     write_shards(writer, done.model, progress)
     notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))
     return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
+
+
+def finished_manifest(out: Path, depends_on: dict[str, str]) -> Manifest | None:
+    """The manifest of ``out`` where a run with the same arguments had just given it its name, and was killed
+    before it could say so.
+    """
+    try:
+        manifest = read_manifest(out)
+    except ValidationError:
+        return None
+    same = manifest is not None and depends_on.items() <= manifest.fingerprint.items()
+    return manifest if same else None
 
 
 def check_calibration(recipe: Recipe, calibration: Calibration | None) -> None:

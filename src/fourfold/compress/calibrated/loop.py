@@ -37,7 +37,9 @@ from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
 
 LayerProgress = Callable[[int, int, str], None]
-"""Called as ``progress(done, layers, what)``."""
+"""Called as ``progress(done, layers, what)``, also before the first layer and whenever time is to be counted
+anew.
+"""
 
 Result = TypeVar("Result")
 
@@ -70,15 +72,22 @@ class LayerLoop:
         self._calls: dict[int, list[Call]] = {}
 
     def run(self, progress: LayerProgress | None = None) -> dict[str, Callable[[], Value]]:
-        """Finish every layer; returns how to load each finished tensor."""
-        count = len(self.skeleton)
+        """Finish every layer; returns how to load each finished tensor.
+
+        ``progress`` is told where the work begins, before and after what is done already is gone through.
+        """
+        count, tell = len(self.skeleton), progress or (lambda *_: None)
         finished = {i: found for i in range(count) if (found := self.store.find(key_of(i))) is not None}
         if len(finished) < count:
+            first = min(index for index in range(count) if index not in finished)
+            tell(first, count, self.skeleton.prefix(first))
             self.start()
             for index in range(count):
+                if index == first:
+                    tell(first, count, self.skeleton.prefix(first))
                 finished[index] = self.step(index)
-                if progress is not None:
-                    progress(index + 1, count, self.skeleton.prefix(index))
+                if index >= first:
+                    tell(index + 1, count, self.skeleton.prefix(index))
         made: dict[str, Callable[[], Value]] = {}
         for index, layer in sorted(finished.items()):
             self.notes += layer.notes
@@ -144,7 +153,7 @@ class LayerLoop:
                 reason = str(error)
             # out here nothing refers to what was in memory when it ended
             release(self.skeleton.device)
-            self._halve_batches(f"Layer {self.skeleton.prefix(index)}", reason)
+            self._halve_batches(index, reason)
 
     def _make(self, index: int) -> FinishedLayer:
         return self._finish(self.begin(index))
@@ -200,10 +209,11 @@ class LayerLoop:
         chosen, options = layers[0]
         return chosen.shows_base and chosen.needs_base(options)
 
-    def _halve_batches(self, what: str, reason: str) -> None:
+    def _halve_batches(self, index: int, reason: str) -> None:
         size = max(map(len, self._inputs))
         if size == 1:
-            raise no_room(what, self.skeleton.device, reason)
+            where = f"the memory of {self.skeleton.device}, even one sequence at a time"
+            raise no_room(f"Layer {self.skeleton.prefix(index)} does not fit into {where}", reason)
         half = (size + 1) // 2
 
         def split(states: list[torch.Tensor]) -> list[torch.Tensor]:

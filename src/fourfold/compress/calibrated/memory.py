@@ -12,7 +12,8 @@ import torch
 
 from fourfold.core.errors import FourfoldError
 
-CPU_WORDS = "can't allocate memory"  # torch raises a plain RuntimeError where the system has no more
+# what torch says in a plain RuntimeError: where the system has no more, CUDA itself, or one of its libraries
+WORDS = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT = {MMAP_THRESHOLD: 64 << 20, TRIM_THRESHOLD: 512 << 20}
 USUAL = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}  # glibc's own once 32 MiB have been freed
@@ -41,7 +42,9 @@ def memory_kept() -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that there is no memory left, on a GPU or not."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_WORDS in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in WORDS
+    )
 
 
 def release(device: torch.device) -> None:
@@ -51,11 +54,22 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def no_room(what: str, device: torch.device, reason: str) -> FourfoldError:
-    """The error when even a single sequence at a time is too much."""
+@contextmanager
+def memory_told(device: torch.device) -> Iterator[None]:
+    """A calibrated run on ``device``: where memory ends outside a layer, that is said in a FourfoldError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        beside = "What is needed beside the layers (embeddings, inputs, what the whole model is run for)"
+        raise no_room(f"{beside} does not fit into the memory of {device}", str(error)) from error
+
+
+def no_room(what: str, reason: str) -> FourfoldError:
+    """The error when nothing can be made smaller; ``what`` says what does not fit where."""
     return FourfoldError(
-        f"{what} does not fit into the memory of {device}, even one sequence at a time "
-        f"({' '.join(reason.split())[:200]}). Finished layers are kept: end what else uses this memory, and "
-        "run the same command with --resume; or start anew with a smaller --sequence-tokens or --samples, or "
-        "with --device cpu."
+        f"{what} ({' '.join(reason.split())[:200]}). Finished layers are kept: "
+        "end what else uses this memory, and run the same command with --resume; or start anew with a "
+        "smaller --sequence-tokens or --samples, or with --device cpu."
     )

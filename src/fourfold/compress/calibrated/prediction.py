@@ -16,7 +16,7 @@ import torch
 
 from fourfold.checkpoint.digests import digest
 from fourfold.compress.calibrated.loop import LayerLoop, key_of
-from fourfold.compress.calibrated.memory import memory_kept
+from fourfold.compress.calibrated.memory import memory_kept, memory_told
 from fourfold.compress.calibrated.run import SEQUENCES_PER_PIECE
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet
@@ -52,6 +52,7 @@ def predict(
     """
     with (
         memory_kept(),
+        memory_told(device),
         writing(beside),
         TemporaryDirectory(prefix=".fourfold-dry-run-", dir=beside) as folder,
     ):

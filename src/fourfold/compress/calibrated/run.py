@@ -9,7 +9,7 @@ import torch
 from fourfold.checkpoint import CheckpointWriter
 from fourfold.checkpoint.kv_scales import cached_projections
 from fourfold.compress.calibrated.loop import LayerLoop, LayerProgress
-from fourfold.compress.calibrated.memory import memory_kept
+from fourfold.compress.calibrated.memory import memory_kept, memory_told
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet, SelfWritten
 from fourfold.compress.kv_calibration import scales
@@ -54,8 +54,8 @@ def finish_layers(
     store = LayerStore(writer.work)
     if (manifest := writer.interrupted_manifest()) is not None:
         return Finished(rounded, manifest.card.notes, manifest.calibration, store.remove)
-    tokens = settle(calibration, store, writing_progress)
-    with memory_kept():
+    with memory_kept(), memory_told(device):
+        tokens = settle(calibration, store, writing_progress)
         loop = LayerLoop(prepared, recipe, tokens, store, device)
         if spread is not None:
             spread(loop, layer_progress)

@@ -48,6 +48,7 @@ class LayerStore:
         self.folder = work / FOLDER
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
+            sync_folder(work)
 
     def find(self, key: str) -> FinishedLayer | None:
         """The finished part ``key``, or None when it is not there or not whole."""
