@@ -51,7 +51,7 @@ def test_exact_is_no_farther_from_float32_than_torch_in_bfloat16(models, monkeyp
     for folder in models:
         exact = load(folder).logits(TOKENS)
         ours = native(folder, arithmetic="exact").logits(TOKENS)
-        monkeypatch.setattr("fourfold.engine.native.native_available", lambda: False)
+        monkeypatch.setattr("fourfold.engine.obstacles.native_available", lambda: False)
         torchs = load(folder, dtype="bfloat16").logits(TOKENS)
         monkeypatch.undo()
         assert error(ours, exact) < 1.25 * error(torchs, exact) < 0.1

@@ -63,7 +63,7 @@ def test_exact_is_no_farther_from_float32_than_torch_in_bfloat16(
     exact = load(folder)
     assert exact.arithmetic.startswith("torch")
     ours = native(folder, arithmetic="exact")
-    monkeypatch.setattr("fourfold.engine.native.native_available", lambda: False)
+    monkeypatch.setattr("fourfold.engine.obstacles.native_available", lambda: False)
     torchs = load(folder, dtype="bfloat16").logits(TOKENS)
     monkeypatch.undo()
     expected = exact.logits(TOKENS)

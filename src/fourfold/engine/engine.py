@@ -23,7 +23,8 @@ from fourfold.engine.loading import (
     input_parts,
     kv_block_count,
 )
-from fourfold.engine.native import NativeDecoder, compile, obstacle
+from fourfold.engine.native import NativeDecoder
+from fourfold.engine.obstacles import obstacle
 from fourfold.engine.packed_cache import PackedCache
 from fourfold.engine.requests import (
     Completion,
@@ -72,7 +73,7 @@ class Engine:
             weights.pack_all(input_parts(checkpoint.config, self.config))
             return None, f"torch: {problem}"
         cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
-        native = compile(self.model, self._kv_format, self.config, cache)
+        native = NativeDecoder(self.model, self._kv_format, self.config, cache)
         if cache is not None and native.packed_bytes >= LEAST_CACHED_BYTES:
             cache.finish()
         return native, native.arithmetic

@@ -76,6 +76,11 @@ class Linear:
         return self._weight.name if isinstance(self._weight, Unread) else None
 
     @property
+    def parts(self) -> "tuple[Linear]":
+        """The layer itself, where a FusedLinear has several."""
+        return (self,)
+
+    @property
     def pieces(self) -> "tuple[Linear, ...]":
         """Layers whose rows, one after the other, are those of W; the layer itself if W is in one piece."""
         return (isinstance(self._weight, Unread) and self._weight.pieces) or (self,)
