@@ -87,6 +87,10 @@ class Program:
     def __init__(self, most_rows: int, vocabulary: int) -> None: ...
     def __len__(self) -> int: ...
     @staticmethod
+    def apply_scheme(
+        x: Tensor, rotation: Tensor | None, element: tuple[float, int, int, int, bool] | None, out: Tensor
+    ) -> None: ...
+    @staticmethod
     def prepared_bytes(arithmetic: str, rows: int, k: int) -> int: ...
     def embed(self, table: object, scale: float, out: Tensor) -> None: ...
     def angles(self, speeds: list[float], scale: float, out: Tensor) -> None: ...
@@ -100,6 +104,8 @@ class Program:
         alpha: float = 1.0,
         limit: float = 0.0,
         prepared: list[tuple[str, Tensor]] = ...,
+        rotation: Tensor | None = None,
+        element: tuple[float, int, int, int, bool] | None = None,
         out: Tensor | None = None,
         accumulate: bool = False,
         each: int = 1,
@@ -139,7 +145,7 @@ class Program:
         limit: float,
         prepared: list[tuple[str, Tensor]] = ...,
         rotation: Tensor | None = None,
-        element: tuple[float, int, int, int] | None = None,
+        element: tuple[float, int, int, int, bool] | None = None,
     ) -> None: ...
     def logits(
         self, weight: object, input: tuple[str, Tensor], out: Tensor, tokens: Tensor, cap: float

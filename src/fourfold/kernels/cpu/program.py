@@ -32,12 +32,12 @@ class InputScheme(NamedTuple):
     rotation: Tensor | None = None
     activation: str | None = None
 
-    def element(self) -> tuple[float, int, int, int] | None:
-        """The format's element as C++ takes it."""
+    def element(self) -> tuple[float, int, int, int, bool] | None:
+        """The format's element as C++ takes it, and whether it fits int8."""
         if self.activation is None:
             return None
         e = get_format(self.activation).element
-        return e.max, e.max_exponent, e.min_exponent, e.mantissa_bits
+        return e.max, e.max_exponent, e.min_exponent, e.mantissa_bits, self.fits_int8
 
     @property
     def fits_int8(self) -> bool:

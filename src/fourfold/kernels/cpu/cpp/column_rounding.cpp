@@ -5,17 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
-// clones are chosen through ifuncs, which glibc has
-#if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define FOURFOLD_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
-#else
-#define FOURFOLD_CLONES
-#endif
+#include "clones.h"
+
 // vectors pass between functions that are all inlined, so that no calling convention is asked
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
-#define FOURFOLD_INLINE inline __attribute__((always_inline))
 
 namespace fourfold {
 namespace {
@@ -271,7 +266,7 @@ FOURFOLD_INLINE void round_rows(const ColumnRounding& p, std::int64_t begin, std
 
 }  // namespace
 
-FOURFOLD_CLONES void round_columns(const ColumnRounding& problem, std::int64_t begin, std::int64_t end) {
+FOURFOLD_FMA_CLONES void round_columns(const ColumnRounding& problem, std::int64_t begin, std::int64_t end) {
     if (problem.pull) round_rows<true>(problem, begin, end);
     else round_rows<false>(problem, begin, end);
 }

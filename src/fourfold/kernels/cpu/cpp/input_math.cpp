@@ -5,14 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "clones.h"
 #include "packed_layout.h"
-
-#if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define FOURFOLD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOURFOLD_CLONES
-#endif
-#define FOURFOLD_INLINE inline __attribute__((always_inline))
 
 namespace fourfold {
 namespace {
@@ -100,10 +94,6 @@ FOURFOLD_INLINE void round_block(const MxElement& element, const float* x, float
 }
 
 }  // namespace
-
-bool fits_int8(const MxElement& element) {
-    return std::ldexp(element.max, element.mantissa_bits - element.min_exponent) <= 127.0f;
-}
 
 bool is_hadamard(const float* rotation) {
     for (unsigned i = 0; i < 32; ++i)

@@ -19,13 +19,12 @@ struct InputScheme {
     float hadamard = 0.0f;            // where R is this times Hadamard's matrix, which takes fewer steps
     bool rounded = false;
     MxElement element{};
-    bool codes = false;  // rounded, and all values are int8 codes under powers of two
+    bool codes = false;  // rounded, and the element fits: all values are int8 codes under powers of two
     bool any() const { return rotation || rounded; }
 };
 
 // Whether a [32, 32] matrix is a multiple of Sylvester's, its first value the factor.
 bool is_hadamard(const float* rotation);
-bool fits_int8(const MxElement& element);
 // out may be x.
 void apply_scheme(const InputScheme& scheme, const float* x, std::int64_t n, float* out);
 // A row of Int8Blocks that are x to the bit (below 2^-60 zeros), where `prepare` would move values between its codes; x

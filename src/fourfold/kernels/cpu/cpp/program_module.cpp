@@ -65,7 +65,7 @@ KVType kv_type_of(const std::string& name) {
     throw nb::value_error("a cache is bf16, f32 or fp8");
 }
 
-using Element = std::tuple<float, std::int32_t, std::int32_t, std::int32_t>;  // as MxElement
+using Element = std::tuple<float, std::int32_t, std::int32_t, std::int32_t, bool>;  // MxElement, and whether it fits int8
 
 // What is made of inputs of n values: `rotation` float32 [32, 32] or None, `element` an Element or None.
 InputScheme scheme_of(nb::handle rotation, nb::handle element, std::int64_t n) {
@@ -74,9 +74,9 @@ InputScheme scheme_of(nb::handle rotation, nb::handle element, std::int64_t n) {
     if (scheme.rotation && is_hadamard(scheme.rotation)) scheme.hadamard = scheme.rotation[0];
     scheme.rounded = !element.is_none();
     if (scheme.rounded) {
-        const auto [max, max_exponent, min_exponent, mantissa_bits] = nb::cast<Element>(element);
+        const auto [max, max_exponent, min_exponent, mantissa_bits, codes] = nb::cast<Element>(element);
         scheme.element = {max, max_exponent, min_exponent, mantissa_bits};
-        scheme.codes = fits_int8(scheme.element);
+        scheme.codes = codes;
     }
     if (scheme.any() && n % kSchemeBlock) throw nb::value_error("inputs must be whole blocks of 32 values");
     return scheme;

@@ -4,12 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-// clones are chosen through ifuncs, which glibc has
-#if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) && !defined(__clang__))
-#define FOURFOLD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOURFOLD_CLONES
-#endif
+#include "clones.h"
 
 namespace fourfold {
 namespace {
@@ -27,7 +22,7 @@ inline std::uint32_t to_bits(float value) {
 }
 
 // e^x to within 2 ulp for x in [-87, 88]: 2^n times a polynomial for 2^f, |f| <= 1/2.
-inline __attribute__((always_inline)) float exponential_inside(float x) {
+FOURFOLD_INLINE float exponential_inside(float x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     const float shifted = x * 1.44269504f + magic;
     const float n = shifted - magic;
@@ -42,15 +37,15 @@ inline __attribute__((always_inline)) float exponential_inside(float x) {
     return from_bits(to_bits(p) + (to_bits(shifted) << 23));
 }
 
-inline __attribute__((always_inline)) float exponential(float x) {
+FOURFOLD_INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
     return exponential_inside(x);
 }
 
-inline __attribute__((always_inline)) float silu(float x) { return x / (1.0f + exponential(-x)); }
+FOURFOLD_INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-inline __attribute__((always_inline)) float gelu_tanh(float x) {  // x (1 + tanh z) / 2 = x / (1 + e^-2z)
+FOURFOLD_INLINE float gelu_tanh(float x) {  // x (1 + tanh z) / 2 = x / (1 + e^-2z)
     const float z = 0.79788456f * (x + 0.044715f * x * x * x);
     return x / (1.0f + exponential(-2.0f * z));
 }
