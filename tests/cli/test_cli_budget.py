@@ -1,6 +1,7 @@
 """``fourfold quantize --budget``: the frontier shown and drawn, and the checkpoint that it leads to."""
 
 import pytest
+from tiny_models import build_tiny_model
 
 from fourfold.checkpoint.verify import verify
 from fourfold.cli.records import QuantizationRecord
@@ -36,7 +37,7 @@ def test_a_run_writes_what_was_chosen_and_resumes_with_it(fourfold, tiny_llama, 
     assert record.frontier is not None and record.recipe == "mxfp4 within 5bits"
     assert verify(out).passed
     first = read_manifest(out)
-    again = tmp_path / "again"
+    again = tmp_path / "again"  # as a run that was killed before its first layer
     (tmp_path / "again-recipe.yaml").write_text((tmp_path / "out-recipe.yaml").read_text())
     outcome = fourfold("quantize", tiny_llama, again, "--budget", "5bits", "--resume", *words)
     assert outcome.code == 0, outcome.err
@@ -44,6 +45,30 @@ def test_a_run_writes_what_was_chosen_and_resumes_with_it(fourfold, tiny_llama, 
     second = read_manifest(again)
     assert first is not None and second is not None and first.sha256 == second.sha256
     assert first.recipe == second.recipe and first.recipe is not None and len(first.recipe["rules"]) > 1
+
+
+def test_a_choice_made_for_something_else_is_refused(fourfold, tiny_llama, words, tmp_path):
+    """What is left of another run beside OUT is neither used in silence nor overwritten."""
+    out = tmp_path / "out"
+    assert fourfold("quantize", tiny_llama, out, "--budget", "5bits", *words).code == 0
+    out.rename(tmp_path / "out.partial")
+    chosen = (tmp_path / "out-recipe.yaml").read_bytes()
+    other = build_tiny_model(tmp_path / "other", seed=9)
+    for source, budget, changed, said in (
+        (tiny_llama, "5bits", (), "Continue it with --resume"),
+        (other, "5bits", ("--resume",), "chosen with another source"),
+        (tiny_llama, "6bits", ("--resume",), "chosen with another budget: 5bits then, 6bits now"),
+        (tiny_llama, "5bits", ("--resume", "--recipe", "mxfp8"), "chosen with another recipe"),
+        (tiny_llama, "5bits", ("--resume", "--seed", 1), "chosen with another calibration_seed: 0 then"),
+    ):
+        outcome = fourfold("quantize", source, out, "--budget", budget, *words, *changed)
+        assert outcome.code == 2 and said in outcome.err, outcome.err
+        assert "best mixtures" not in outcome.out
+    assert (tmp_path / "out-recipe.yaml").read_bytes() == chosen
+    outcome = fourfold("quantize", tiny_llama, out, "--budget", "5bits", *words, "--resume")
+    assert outcome.code == 0 and verify(out).passed, outcome.err
+    outcome = fourfold("quantize", tiny_llama, out, "--budget", "5bits", *words)
+    assert outcome.code == 2 and "exists already" in outcome.err and "best mixtures" not in outcome.out
 
 
 @pytest.mark.parametrize("budget, said", [("4bits", "cannot be kept"), ("some", "not understood")])

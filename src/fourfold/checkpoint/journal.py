@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fourfold.checkpoint.digests import read_digests
-from fourfold.core.durable import sha256_of, write_file, writing
+from fourfold.core.durable import sha256_of, sync_folder, write_file, writing
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.manifest import read_manifest
 from fourfold.core.records import Record
@@ -38,13 +38,11 @@ class Journal:
         self.work = work
         self.record = JournalRecord(fingerprint=fingerprint)
         existed = work.is_dir()
-        if existed and not resume:
-            raise UsageError(
-                f"{work} holds the work of an interrupted run. Continue it with --resume, or delete that "
-                "folder."
-            )
+        if not resume:
+            refuse_interrupted(work)
         with writing(work):
             work.mkdir(parents=True, exist_ok=True)
+            sync_folder(work.parent)
             self._lock = _lock(work)
         if existed:
             self._continue(fingerprint)
@@ -110,6 +108,14 @@ class Journal:
             f: h for f, h in previous.shards.items() if f in previous.digests and _matches(self.work / f, h)
         }
         self._replace(kept, previous.digests)
+
+
+def refuse_interrupted(work: Path) -> None:
+    """Raise UsageError when ``work`` is there already."""
+    if work.is_dir():
+        raise UsageError(
+            f"{work} holds the work of an interrupted run. Continue it with --resume, or delete that folder."
+        )
 
 
 def _matches(path: Path, sha256: str) -> bool:

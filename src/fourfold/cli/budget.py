@@ -8,8 +8,10 @@ from fourfold.cli.output import bytes_text, progress_bar, stdout
 if TYPE_CHECKING:
     from fourfold.cli.calibration import Asked
     from fourfold.compress import Recipe
-    from fourfold.compress.calibration import CalibrationSet
+    from fourfold.compress.calibration import Calibration
     from fourfold.core.records import Frontier
+
+CHOSEN_FOR = "# chosen for "
 
 
 def fit(
@@ -17,34 +19,49 @@ def fit(
     recipe: "Recipe",
     dialect: str,
     budget: str,
-    calibration: "Asked",
+    calibration: "Calibration",
     device: str,
 ) -> "tuple[Recipe, Frontier]":
-    """``recipe`` with the formats that are best within ``budget``, and the frontier.
-
-    They are measured on at most 128 sequences of 128 tokens of the calibration text.
-    """
+    """``recipe`` with the formats that are best within ``budget``, and the frontier."""
     from fourfold.compress.budget.budgets import parse_budget
-    from fourfold.compress.budget.fit import SEQUENCE_TOKENS, SEQUENCES, fit_budget
+    from fourfold.compress.budget.fit import fit_budget
+    from fourfold.compress.calibration import SELF_WRITTEN, CalibrationSet
 
     asked = parse_budget(budget)  # before the model writes a text
-    shorter = calibration._replace(
-        samples=min(calibration.samples, SEQUENCES),
-        sequence_tokens=min(calibration.sequence_tokens, SEQUENCE_TOKENS),
-    )
-    tokens = _tokens(model, shorter, device)
+    if isinstance(calibration, CalibrationSet):
+        tokens = calibration
+    else:
+        written = calibration.write(0, calibration.samples)
+        tokens = CalibrationSet(written, SELF_WRITTEN, calibration.seed)
     with progress_bar("measuring") as update:
         return fit_budget(model, recipe, dialect, asked, tokens, device, update)
 
 
-def _tokens(model: str, asked: "Asked", device: str) -> "CalibrationSet":
+def measured_on(model: str, asked: "Asked", device: str) -> "Calibration":
+    """What formats are measured on: at most 128 sequences of 128 tokens of the calibration text."""
     from fourfold.cli.calibration import choose_calibration
-    from fourfold.compress.calibration import SELF_WRITTEN, CalibrationSet
+    from fourfold.compress.budget.fit import SEQUENCE_TOKENS, SEQUENCES
 
-    found = choose_calibration(model, asked, device)
-    if isinstance(found, CalibrationSet):
-        return found
-    return CalibrationSet(found.write(0, asked.samples), SELF_WRITTEN, asked.seed)
+    samples, length = min(asked.samples, SEQUENCES), min(asked.sequence_tokens, SEQUENCE_TOKENS)
+    return choose_calibration(model, asked._replace(samples=samples, sequence_tokens=length), device)
+
+
+def choice_fingerprint(
+    model: str, recipe: "Recipe", dialect: str, budget: str, calibration: "Calibration"
+) -> dict[str, str]:
+    """What a choice of formats was made for: an interrupted run's is used again only for the same."""
+    from fourfold import __version__
+    from fourfold.checkpoint import open_checkpoint
+    from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
+
+    return {
+        "source": source_fingerprint(open_checkpoint(model)),
+        "recipe": short_hash(recipe.model_dump()),
+        "dialect": dialect,
+        "budget": budget,
+        "fourfold_version": __version__,
+        **calibration.fingerprint,
+    }
 
 
 def recipe_file(out: Path) -> Path:
@@ -52,30 +69,43 @@ def recipe_file(out: Path) -> Path:
     return out.with_name(f"{out.name}-recipe.yaml")
 
 
-def write_recipe(recipe: "Recipe", out: Path) -> None:
-    """Keep ``recipe`` beside ``out``."""
+def write_recipe(recipe: "Recipe", out: Path, chosen_for: dict[str, str]) -> None:
+    """Keep ``recipe`` beside ``out``, with what it was chosen for in its first line."""
+    import json
+
     import yaml
 
     from fourfold.core.durable import write_file, writing
 
     path = recipe_file(out)
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_file(path, f"{CHOSEN_FOR}{json.dumps(chosen_for)}\n{text}")
 
 
-def resumed_recipe(recipe: "Recipe", budget: str, out: Path) -> "Recipe | None":
-    """What an interrupted run chose for the same recipe and budget: measured anew, costs may differ by a
-    hair, and the choice with them.
+def resumed_recipe(out: Path, chosen_for: dict[str, str]) -> "Recipe | None":
+    """What an interrupted run chose: measured anew, costs may differ by a hair, and the choice with them.
+
+    None where there is none yet. Raises UsageError for one that was made for something else.
     """
+    import json
+
     from fourfold.compress import load_recipe
-    from fourfold.compress.budget.fit import fitted_name
+    from fourfold.core.errors import UsageError
 
     path = recipe_file(out)
     if not path.is_file():
         return None
-    kept = load_recipe(path)
-    return kept if kept.name == fitted_name(recipe, budget) else None
+    first_line = path.read_text("utf-8").partition("\n")[0]
+    earlier = json.loads(first_line.removeprefix(CHOSEN_FOR)) if first_line.startswith(CHOSEN_FOR) else {}
+    for field, now in chosen_for.items():
+        if (then := earlier.get(field)) != now:
+            raise UsageError(
+                f"The formats in {path} were chosen with another {field}: {then} then, {now} now. Repeat the "
+                "command as it was, or delete that file and the interrupted run to start anew."
+            )
+    return load_recipe(path)
 
 
 def show_frontier(record: "Frontier") -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fourfold.cli.calibration import Asked
     from fourfold.cli.records import QuantizationRecord
     from fourfold.compress import DryRun, Recipe
+    from fourfold.compress.calibration import Calibration
     from fourfold.core.manifest import Manifest
     from fourfold.core.records import Frontier
 
@@ -74,7 +75,7 @@ def quantize(
     asked = Asked(calibration, samples, sequence_tokens, seed)
     job = Job(source, out, recipe, dialect, asked, device, workers, resume, budget)
     if dry_run and budget is not None:
-        _, record = choose_within(job, budget)
+        _, record = choose_within(job, budget, *measured_by(job))
     elif dry_run:
         record = predict(job)
         show_plan(record)
@@ -99,32 +100,53 @@ class Job:
     budget: str | None
 
 
-def choose_within(job: Job, budget: str) -> "tuple[Recipe, Frontier]":
-    """The job's recipe with formats chosen for ``budget``; the frontier is shown and drawn beside OUT."""
-    from fourfold.cli.budget import fit, show_frontier, write_plot
+def measured_by(job: Job) -> "tuple[Calibration, str]":
+    """What formats are measured on for a budget, and the device that does it."""
+    from fourfold.cli.budget import measured_on
     from fourfold.cli.calibration import choose_device
     from fourfold.compress import load_recipe
 
+    device = choose_device(job.device, load_recipe(job.recipe), measures=True)
+    return measured_on(job.source, job.calibration, device), device
+
+
+def choose_within(
+    job: Job, budget: str, calibration: "Calibration", device: str
+) -> "tuple[Recipe, Frontier]":
+    """The job's recipe with formats chosen for ``budget``; the frontier is shown and drawn beside OUT."""
+    from fourfold.cli.budget import fit, show_frontier, write_plot
+    from fourfold.compress import load_recipe
+
     recipe = load_recipe(job.recipe)
-    device = choose_device(job.device, recipe, measures=True)
-    recipe, record = fit(job.source, recipe, job.dialect, budget, job.calibration, device)
+    recipe, record = fit(job.source, recipe, job.dialect, budget, calibration, device)
     show_frontier(record)
     write_plot(record, job.out)
     return recipe, record
 
 
 def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
-    """The job's recipe, within its budget if it has one, and the frontier unless an interrupted run chose."""
-    from fourfold.cli.budget import resumed_recipe, write_recipe
+    """The job's recipe, within its budget if it has one, and the frontier unless an interrupted run chose.
+
+    Raises UsageError before anything is measured when ``out`` is there, or an interrupted run's work and no
+    ``resume``: a choice made anew could differ by a hair, and that work would be lost.
+    """
+    from fourfold.checkpoint.journal import refuse_interrupted
+    from fourfold.checkpoint.writer import partial_folder, refuse_existing
+    from fourfold.cli.budget import choice_fingerprint, resumed_recipe, write_recipe
     from fourfold.compress import load_recipe
 
     recipe = load_recipe(job.recipe)
     if job.budget is None:
         return recipe, None
-    if job.resume and (kept := resumed_recipe(recipe, job.budget, job.out)) is not None:
+    if not job.resume:
+        refuse_interrupted(partial_folder(job.out))
+    calibration, device = measured_by(job)
+    chosen_for = choice_fingerprint(job.source, recipe, job.dialect, job.budget, calibration)
+    if job.resume and (kept := resumed_recipe(job.out, chosen_for)) is not None:
         return kept, None
-    recipe, frontier = choose_within(job, job.budget)
-    write_recipe(recipe, job.out)
+    refuse_existing(job.out)
+    recipe, frontier = choose_within(job, job.budget, calibration, device)
+    write_recipe(recipe, job.out, chosen_for)
     return recipe, frontier
 
 

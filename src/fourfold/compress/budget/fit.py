@@ -239,16 +239,11 @@ def _recipe(recipe: Recipe, budget: Budget, model: Model, chosen: dict[str, Laye
         rules.setdefault(scheme, []).append(pattern)
     return recipe.model_copy(
         update={
-            "name": fitted_name(recipe, budget.text),
+            "name": f"{recipe.name} within {budget.text}",
             "description": f"{recipe.description} Formats chosen by measurement for {budget.text}.".strip(),
             "rules": [_rule(modules, scheme) for scheme, modules in rules.items()],
         }
     )
-
-
-def fitted_name(recipe: Recipe, budget: str) -> str:
-    """What ``recipe`` is called once its formats are chosen for ``budget``."""
-    return f"{recipe.name} within {budget}"
 
 
 def _rule(modules: list[str], scheme: LayerScheme | None) -> Rule:
