@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import build_tiny_model
 
 from fourfold.checkpoint.convert import convert
+from fourfold.checkpoint.dialects.compressed_tensors import CompressedTensors
 from fourfold.checkpoint.digests import DIGESTS_NAME, digest, read_digests
 from fourfold.checkpoint.storage.writer import SafetensorsWriter
 from fourfold.checkpoint.verify import verify
@@ -62,6 +63,46 @@ def test_and_by_verify_later(moe, swapped, tmp_path):
         f"{expert}.{projection}_proj.weight" for expert in "01" for projection in ("gate", "up", "down")
     }
     assert all("not the tensor that was in memory" in problem for problem in report.problems)
+
+
+def without_activations(settings):
+    settings["config_groups"]["group_0"]["input_activations"] = None
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (without_activations, r"model\.layers\.0\.mlp\.\w+_proj"),
+        (lambda settings: settings | {"kv_cache_scheme": None}, "the KV cache"),
+    ],
+)
+def test_a_scheme_that_is_read_as_another_is_caught_at_export(
+    tiny_llama, tmp_path, monkeypatch, changed, named
+):
+    """Every byte of every tensor is right, and readers would compute something else with them."""
+    say = CompressedTensors.quantization_config
+    monkeypatch.setattr(CompressedTensors, "quantization_config", lambda *args: changed(say(*args)))
+    with pytest.raises(FourfoldError, match=f"the scheme of {named} is not"):
+        quantize_folder(
+            tiny_llama,
+            tmp_path / "out",
+            "compressed-tensors",
+            projections("mxfp4", "mxfp8-e4m3"),
+            kv_cache="fp8",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kv_scale_that_is_read_as_another_number_is_caught_at_export(tiny_llama, tmp_path, monkeypatch):
+    write = SafetensorsWriter.write
+
+    def twice(self, name, tensor):
+        write(self, name, tensor * 2 if name.endswith("1.self_attn.v_scale") else tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", twice)
+    with pytest.raises(FourfoldError, match=r"the scheme of model\.layers\.1\.self_attn\.v_proj is not"):
+        quantize_folder(tiny_llama, tmp_path / "out", "compressed-tensors", projections(), kv_cache="fp8")
 
 
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])

@@ -28,7 +28,8 @@ def rewrite(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
     file = folder / "model.safetensors"
     tensors = {name: value for name, value in (load_file(file) | changes).items() if value is not None}
     save_file(tensors, file, metadata={"format": "pt"})
-    (folder / "fourfold.json").unlink(missing_ok=True)
+    for name in ("fourfold.json", "fourfold-tensors.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,19 @@ def copy(mxfp4_folder, tmp_path) -> Path:
 
 def change_tensors(folder: Path, change) -> None:
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
-    (folder / "fourfold.json").unlink()  # so that more than the hash has to find it
+    forget(folder)
 
 
 def change_config(folder: Path, change) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(change(config)))
+    forget(folder)
+
+
+def forget(folder: Path) -> None:
+    """Take the hashes away, so that more than they has to find what is wrong."""
     (folder / "fourfold.json").unlink()
+    (folder / "fourfold-tensors.json").unlink()
 
 
 def problem(folder: Path) -> str:
@@ -77,6 +83,17 @@ def test_a_missing_and_an_added_file_are_found(copy):
     assert "tokenizer.json is missing" in problems and "more.safetensors is not in fourfold.json" in problems
 
 
+def test_a_missing_manifest_is_found_and_tensors_are_compared_all_the_same(copy):
+    (copy / "fourfold.json").unlink()
+    assert problem(copy).startswith("fourfold.json is missing")
+    tensors = load_file(copy / "model.safetensors")
+    one, other = (f"model.layers.{layer}.mlp.up_proj.weight_packed" for layer in (0, 1))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, copy / "model.safetensors")
+    _, *found = verify(copy).problems
+    assert len(found) == 2 and all("not the tensor that was in memory" in problem for problem in found)
+
+
 def test_a_scale_that_is_no_number_is_found(copy):
     def change(tensors):
         tensors[f"{UP}.weight_scale"][3, 1] = 0xFF
@@ -101,11 +118,11 @@ def test_missing_layers_are_found(copy):
 def test_a_kept_layer_that_the_configuration_forgets_is_found(tiny_llama, tmp_path, dialect):
     folder = quantize_folder(tiny_llama, tmp_path / "out", dialect, projections())
 
-    def forget(config):
+    def silence(config):
         config["quantization_config"] |= {"ignore": [], "exclude": []}
         return config
 
-    change_config(folder, forget)
+    change_config(folder, silence)
     assert "lm_head is stored unquantized" in problem(folder)
 
 

@@ -55,6 +55,7 @@ class CheckpointPlan:
 
     def hold_kv_scales(self, kv_scales: Mapping[str, torch.Tensor]) -> None:
         """Store these numbers beside the cached projections."""
+        self.kv_scales = dict(kv_scales)
         self.beside = _plan_beside(self.dialect, self.quantization, kv_scales)
 
     @property

@@ -54,7 +54,7 @@ def verify(folder: Path) -> VerifyReport:
     try:
         manifest = manifest_of(folder)
         hashed = len(manifest.sha256) if manifest else 0
-        problems += _hash_problems(folder, manifest) if manifest else []
+        problems += _hash_problems(folder, manifest) if manifest else _manifest_problems(folder)
         checkpoint = open_folder(folder)
         problems += _shape_problems(checkpoint)
         problems += _dtype_problems(checkpoint)
@@ -62,7 +62,7 @@ def verify(folder: Path) -> VerifyReport:
         infos = [checkpoint.info(name) for name in checkpoint.names()]
         form, scales = checkpoint.quantization.kv_cache, checkpoint.kv_scales
         problems += kv_scale_problems(form, infos, checkpoint.config, scales)
-        if manifest and DIGESTS_NAME in manifest.sha256 and (found := read_digests(folder)):
+        if found := read_digests(folder):
             digests = found.tensors
         problems += _tensor_problems(checkpoint, digests)
     except FourfoldError as error:
@@ -79,6 +79,11 @@ def verify(folder: Path) -> VerifyReport:
         problems=problems,
         passed=not problems,
     )
+
+
+def _manifest_problems(folder: Path) -> Iterator[str]:
+    if (folder / DIGESTS_NAME).is_file():
+        yield f"{MANIFEST_NAME} is missing, so the files cannot be compared with their hashes. Copy it again."
 
 
 def _hash_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -3,8 +3,8 @@
 Work happens in ``OUT.partial``. Which tensor goes into which shard, and every byte offset, is planned from
 names, shapes and formats before the first tensor is computed; a journal lists the shards that are on disk. A
 run that was killed continues with ``resume`` and gives the same bytes as one that was not. At the end the
-folder is opened as a reader would, and every tensor compared with what was in memory; only the last step,
-after the manifest with every file's hash, gives the folder its name ``OUT``.
+folder is opened as a reader would, and every tensor and its scheme compared with what was in memory; only the
+last step, after the manifest with every file's hash, gives the folder its name ``OUT``.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ import torch
 
 from fourfold import __version__
 from fourfold.checkpoint.card import make_card
+from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import get_writable
 from fourfold.checkpoint.digests import DIGESTS_NAME, TensorDigests, differing, digest
 from fourfold.checkpoint.folder import CONFIG, GENERATION_CONFIG, INDEX
@@ -199,8 +200,10 @@ class CheckpointWriter:
         """Read every tensor back and compare; the shards of those that differ are to be written again."""
         files = self._journal.digests()
         expected = {name: found for names in files.values() for name, found in names.items()}
-        wrong = list(differing(open_folder(self.work), expected))
+        written = open_folder(self.work)
+        wrong = list(differing(written, expected))
         if not wrong:
+            self._check_scheme(written)
             return
         for file in [file for file, names in files.items() if not names.keys().isdisjoint(wrong)]:
             self._journal.drop(file)
@@ -210,6 +213,22 @@ class CheckpointWriter:
             "wrongly. Run the same command with --resume, which writes these shards again; if that does not "
             "help, report it as a bug of Fourfold."
         )
+
+    def _check_scheme(self, written: Checkpoint) -> None:
+        """What readers take the tensors for: how each layer is held and computed, and the KV cache."""
+        made, found = self.quantization, written.quantization
+        changed = [m for m in made.layers | found.layers if made.layers.get(m) != found.layers.get(m)]
+        scales = self.plan.kv_scales
+        changed += [
+            m for m in scales | written.kv_scales if not _same(scales.get(m), written.kv_scales.get(m))
+        ]
+        if changed or made.kv_cache != found.kv_cache:
+            raise FourfoldError(
+                f"The tensors of {self.work} are read back as they were in memory, but the scheme of "
+                f"{changed[0] if changed else 'the KV cache'} is not: the dialect {self.plan.dialect.name} "
+                "says something else. Report it as a bug of Fourfold, with the recipe; another --dialect may "
+                "do."
+            )
 
     def _write_config(self, generation_config: dict[str, Any]) -> None:
         config = dict(self.config)
@@ -260,6 +279,10 @@ class CheckpointWriter:
         )
         self._write_json(MANIFEST_NAME, manifest.model_dump())
         return manifest
+
+
+def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
+    return first is not None and second is not None and torch.equal(first, second)
 
 
 def partial_folder(out: Path) -> Path:
