@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, build_architecture
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import Recipe, quantize
 from fourfold.compress.calibrated.loop import LayerLoop
-from fourfold.compress.calibrated.routing import Survey, summarise
+from fourfold.compress.calibrated.routing import ExpertTokens, Survey, summarise
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import CalibrationSet
@@ -236,9 +236,14 @@ def test_an_expert_that_saw_no_token_is_rounded_and_named(unloved, tmp_path, pas
     weight = values["model.layers.0.mlp.experts.3.down_proj.weight"].float()
     original = read_all(unloved)["model.layers.0.mlp.experts.down_proj"][3].T.float()
     assert (weight - original).norm() < 0.4 * original.norm()
-    assert (
-        json.loads((tmp_path / "out" / "fourfold.json").read_text())["card"]["notes"] == manifest.card.notes
-    )
+    written = json.loads((tmp_path / "out" / "fourfold.json").read_text())
+    assert written["card"]["notes"] == manifest.card.notes
+    assert written["calibration"]["starved_experts"] == {"model.layers.0.mlp.experts": [0, 1, 2, 3]}
+
+
+def test_what_a_note_has_no_room_for_is_in_the_manifest():
+    many = ExpertTokens(experts="mlp.experts", enough=64, tokens=[0] * 12)
+    assert summarise([many])[-1].endswith("mlp.experts.7 (0 of 64) and 4 more, which fourfold.json lists.")
 
 
 def test_a_router_that_shows_nothing_leaves_its_experts_starved(unloved, tmp_path):
@@ -260,9 +265,11 @@ def test_experts_that_a_recipe_keeps_together_stay_so_unchanged(models, tmp_path
 
         source = fuse_as_transformers(source, tmp_path / "fused")
     asked = recipe("gptq", keep=["*.experts*", "*.input_linear", "*.output_linear"])
-    quantize(source, tmp_path / "out", asked, calibration=CALIBRATION)
+    manifest = quantize(source, tmp_path / "out", asked, calibration=CALIBRATION)
     before, after = read_all(source), dequantized(tmp_path / "out")
     assert before.keys() == after.keys()
+    # nothing is told of the calibration of what was not rounded
+    assert manifest.card.notes == [] and "expert_tokens" not in manifest.calibration
     fused = [n for n, v in before.items() if v.ndim == 3 and "conv" not in n]
     assert fused
     assert all(torch.equal(before[n], after[n]) for n in fused)

@@ -12,7 +12,8 @@ class Manifest(Record):
     """Written last into every checkpoint that Fourfold makes; ``fourfold verify`` checks against it.
 
     ``calibration`` says which tokens calibrated passes saw: source, samples, sequence_tokens, seed, sha256,
-    and of experts ``expert_tokens``: how many the router sent to each.
+    and of experts ``expert_tokens``: how many the router sent to each, and ``starved_experts``: which saw too
+    few, even with those that it did not send them.
     """
 
     kind: Literal["fourfold.checkpoint/1"] = "fourfold.checkpoint/1"

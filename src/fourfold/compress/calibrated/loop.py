@@ -305,10 +305,12 @@ class LayerLoop:
             linear.rounds_input = True
 
     def expert_record(self) -> dict[str, Any]:
-        """For the manifest: how many tokens the router sent to each expert, by the name of a layer's
-        experts.
+        """For the manifest, by the name of a layer's experts: how many tokens the router sent to each, and
+        which of them stayed starved.
         """
-        return {"expert_tokens": {e.experts: e.tokens for e in self.experts}} if self.experts else {}
+        tokens = {layer.experts: layer.tokens for layer in self.experts}
+        starved = {layer.experts: layer.still_starved for layer in self.experts if layer.still_starved}
+        return {k: v for k, v in {"expert_tokens": tokens, "starved_experts": starved}.items() if v}
 
     def _left_out(self) -> list[str]:
         """A note on rounded weights that no layer of transformers' decoder holds, such as those of

@@ -183,5 +183,5 @@ def _named(found: list[ExpertTokens], which: str) -> str:
         for layer in found
         for e in getattr(layer, which)
     ]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    more = f" and {len(names) - NAMED} more, which fourfold.json lists" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -157,14 +157,18 @@ class LayerWork:
 
     @torch.no_grad()
     def survey_experts(self) -> None:
-        """Count the tokens that reach each expert, and lay the routing down for ``observe``."""
+        """Count the tokens that reach each expert, and lay the routing down for ``observe``. On record are
+        experts of which some are rounded.
+        """
         surveys, after = survey(self.module, self.inputs, self.forward)
         plans = {experts: one.plans() for experts, one in surveys.items()}
         self.routing = Routing(plans, [self.inputs, self.base_inputs or []], after)
-        names = {linear: name for name, linear in self.linears.items()}
+        prefixes = {linear: name.rsplit(".", 2)[0] for name, linear in self.linears.items()}
+        rounded = {prefixes[self.linears[name]] for name in self.schemes}
         self.expert_tokens = [
-            one.record(names[next(iter(experts)).up_proj].rsplit(".", 2)[0])
+            one.record(name)
             for experts, one in surveys.items()
+            if (name := prefixes[next(iter(experts)).up_proj]) in rounded
         ]
 
     def finish(self, name: str, blocks: BlockTensor, values: torch.Tensor | None = None) -> None:
