@@ -16,9 +16,9 @@ MOE = {
 }
 
 
-def build_moe(folder: Path, model_type: str) -> Path:
+def build_moe(folder: Path, model_type: str, **changes) -> Path:
     """A random MoE of one layer as ``save_pretrained`` writes it: the layout of the hub."""
-    return build_tiny_model(folder, model_type, num_hidden_layers=1, **MOE[model_type])
+    return build_tiny_model(folder, model_type, **({"num_hidden_layers": 1} | MOE[model_type] | changes))
 
 
 def fuse_as_transformers(source: Path, out: Path) -> Path:

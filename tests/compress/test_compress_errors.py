@@ -1,8 +1,10 @@
 """What cannot be rounded is said before anything is written; what is found while reading names its tensor."""
 
+import re
+
 import pytest
 import torch
-from compress_models import change_tensor
+from compress_models import build_moe, change_tensor
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tiny_model
 
@@ -19,14 +21,28 @@ def llama(tmp_path):
 
 def test_a_width_that_is_no_multiple_of_the_block(tmp_path):
     source = build_tiny_model(tmp_path / "source", intermediate_size=80)
-    words = r"model.layers.0.mlp.down_proj.weight has the shape \[64, 80\].*no multiple of 32.*`keep` entry"
+    keep = "model.layers.*.mlp.down_proj"
+    words = (
+        r"model.layers.0.mlp.down_proj.weight has the shape \[64, 80\].*no multiple of 32.*`keep` entry "
+        f"'{re.escape(keep)}'"
+    )
     for call in (lambda: plan(source), lambda: quantize(source, tmp_path / "out")):
         with pytest.raises(FourfoldError, match=words):
             call()
     assert not list(tmp_path.glob("out*"))
-    recipe = load_recipe("mxfp4").model_copy(update={"keep": ["*.down_proj"]})
+    recipe = load_recipe("mxfp4").model_copy(update={"keep": [keep]})
     quantize(source, tmp_path / "out", recipe)
     assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_what_is_said_of_one_expert_holds_for_all(tmp_path, model_type):
+    source = build_moe(tmp_path / "source", model_type, intermediate_size=80, num_hidden_layers=2)
+    with pytest.raises(FourfoldError, match=r"experts\.0\.\w+\.weight has the shape \[64, 80\]") as error:
+        plan(source)
+    (keep,) = re.findall(r"`keep` entry '([^']*)'", str(error.value))
+    dry_run = plan(source, load_recipe("mxfp4").model_copy(update={"keep": [keep]}))
+    assert sum(".experts." in tensor.name for tensor in dry_run.quantized) == 2 * 4 * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

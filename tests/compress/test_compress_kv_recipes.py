@@ -46,11 +46,9 @@ def largest(folder) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("changes", [{}, {"rules": [], "passes": []}])
+@pytest.mark.parametrize("changes", [{}, {"passes": ["rtn"]}, {"rules": [], "passes": []}])
 @pytest.mark.parametrize("kind", ["fp8", "fp8-head"])
 def test_the_scales_are_those_of_the_finished_model(source, tmp_path, kind, changes):
-    if changes and kind == "fp8":
-        changes = {"rules": [{"weight": "mxfp4"}], "passes": ["gptq"]}
     (tmp_path / "witness").symlink_to(source)
     asked = recipe(kind, **changes)
     quantize(source, tmp_path / "out", asked, calibration=TOKENS)
@@ -78,6 +76,13 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(source, tmp_path, monkey
     monkeypatch.undo()
     resumed = quantize(source, tmp_path / "out", recipe("fp8-head"), calibration=TOKENS, resume=True)
     assert resumed.sha256["model.safetensors"] == whole.sha256["model.safetensors"]
+
+
+def test_scales_that_nothing_calibrated_are_ones_and_the_card_says_so(source, tmp_path):
+    manifest = quantize(source, tmp_path / "out", recipe("fp8", passes=["rtn"]))
+    assert all(scale == 1 for scale in open_checkpoint(tmp_path / "out").kv_scales.values())
+    (note,) = manifest.card.notes
+    assert "beyond 448" in note and manifest.calibration is None
 
 
 def test_scales_of_heads_need_a_calibration_set(source, tmp_path):

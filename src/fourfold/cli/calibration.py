@@ -62,15 +62,15 @@ def gpu_peak_bytes(device: str) -> int | None:
 def calibration_for(
     recipe: "Recipe", model: str, asked: Asked, device: str, measured: bool = False
 ) -> "Calibration | None":
-    """The calibration set that ``recipe`` needs; None when it needs none.
+    """The calibration set that ``recipe`` needs, or has use for and the user named; None when it is neither.
 
     Raises UsageError for a source that nobody looks at: neither such a recipe, nor a budget that was
     ``measured`` on it.
     """
-    from fourfold.compress.pipeline import is_calibrated
+    from fourfold.compress.pipeline import is_calibrated, takes_calibration
     from fourfold.core.errors import UsageError
 
-    if is_calibrated(recipe):
+    if is_calibrated(recipe) or (asked.source is not None and takes_calibration(recipe)):
         return choose_calibration(model, asked, device)
     if asked.source is not None and not measured:
         raise UsageError(

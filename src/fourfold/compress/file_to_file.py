@@ -14,7 +14,7 @@ from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.calibration import Calibration
 from fourfold.compress.model import Model
-from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes
+from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes, takes_calibration
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import stream
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from fourfold.compress.calibrated.run import Spread
 
 DEFAULT_DIALECT = "compressed-tensors"
+UNCALIBRATED_KV = (
+    "The scales of the FP8 KV cache are ones, which cut off keys and values beyond 448; --calibration with a "
+    "text would calibrate them."
+)
 
 Progress = Callable[[int, int, str], None]
 """Called as ``progress(done_bytes, total_bytes, name)`` after each tensor; bytes are those of the output."""
@@ -44,18 +48,21 @@ def quantize(
     device: str = "cpu",
     layer_progress: Callable[[int, int, str], None] | None = None,
     writing_progress: Callable[[int, int], None] | None = None,
+    learning_progress: Callable[[str, int, int], None] | None = None,
     spread: "Spread | None" = None,
 ) -> Manifest:
     """Make the checkpoint ``out`` from ``source`` (a folder, a GGUF file, a hub name) by ``recipe``.
 
-    A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``;
+    A recipe with calibrated passes needs ``calibration``, and computes its layers on ``device``; one with an
+    FP8 KV cache calibrates its scales where it is given.
     ``layer_progress(done, layers, name)`` is told of the first and of each that is finished, and
-    ``writing_progress(done, samples)`` of the calibration sequences that the model writes itself. ``spread``
-    shares the layers among workers, where the recipe's ``inputs`` are ``original``. Returns the manifest that
-    was written; with ``resume``, an ``out`` that the same arguments made is left as it is. Raises UsageError
-    for a call or recipe that makes no sense and for any other existing ``out``, FourfoldError for a source
-    that cannot be read or rounded; both before anything is written, save for NaN and Inf weights, which are
-    found when they are read.
+    ``writing_progress(done, samples)`` of the calibration sequences that the model writes itself,
+    ``learning_progress(what, done, total)`` of what passes learn over the whole model. ``spread`` shares the
+    layers among workers, where the recipe's ``inputs`` are ``original``. Returns the manifest that was
+    written; with ``resume``, an ``out`` that the same arguments made is left as it is. Raises UsageError for
+    a call or recipe that makes no sense and for any other existing ``out``, FourfoldError for a source that
+    cannot be read or rounded; both before anything is written, save for NaN and Inf weights, which are found
+    when they are read.
     """
     recipe = load_recipe(recipe)
     check_recipe(recipe)
@@ -75,7 +82,7 @@ def quantize(
         fingerprint=depends_on,
         resume=resume,
         max_shard_bytes=max_shard_bytes,
-        kv_scales_follow=calibration is not None and is_calibrated(recipe),
+        kv_scales_follow=calibration is not None and takes_calibration(recipe),
     )
     finish = partial(
         writer.finish,
@@ -84,13 +91,13 @@ def quantize(
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
-    if calibration is None or not is_calibrated(recipe):
+    if calibration is None or not takes_calibration(recipe):
         write_shards(writer, model, progress)
-        return finish(notes=checkpoint.notes)
+        return finish(notes=[*checkpoint.notes, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
     # so that recipes without calibration never import transformers
     from fourfold.compress.calibrated.run import finish_layers
 
-    seen = (layer_progress, writing_progress, spread)
+    seen = (layer_progress, writing_progress, spread, learning_progress)
     done = finish_layers(writer, prepared, model, recipe, calibration, torch.device(device), *seen)
     write_shards(writer, done.model, progress)
     notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))
@@ -143,7 +150,7 @@ def fingerprint(
         "recipe": short_hash(recipe.model_dump()),
         "fourfold_version": __version__,
     }
-    if calibration is not None and is_calibrated(recipe):
+    if calibration is not None and takes_calibration(recipe):
         fields |= calibration.fingerprint
         fields |= {"device": torch.device(device).type, "torch": torch.__version__}
         fields["transformers"] = installed_version("transformers") or "none"

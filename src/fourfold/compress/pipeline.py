@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import ValidationError
 
-from fourfold.checkpoint.kv_scales import PER_HEAD
+from fourfold.checkpoint.kv_scales import PER_HEAD, SCALED
 from fourfold.compress.model import Model
 from fourfold.compress.recipe import PassUse, Recipe
 from fourfold.core.errors import UsageError
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 PASSES = Registry("fourfold.compress.passes", "PASS", "pass")
 ORDER = ("smooth", "rotate", "inputs", "round")
 Change = Callable[["WholeModel"], None]
+Tell = Callable[[str, int, int], bool]
+"""Called as ``tell(what, done, total)`` before each unit of work; True: no more of it is wanted."""
+
+
+def silent(what: str, done: int, total: int) -> bool:
+    """A ``Tell`` that nobody listens to."""
+    return False
 
 
 class NoOptions(Record):
@@ -42,8 +49,8 @@ class NoOptions(Record):
 class Pass:
     """One step of a recipe. ``kind`` places it in ``ORDER``; after ``round`` weights are in their formats.
 
-    ``learn(skeleton, calibration, options, change)`` sees the whole model before any layer is worked on;
-    ``change(model)`` does to a WholeModel what the passes before this one will do to its layers.
+    ``learn(skeleton, calibration, options, change, tell)`` sees the whole model before any layer is worked
+    on; ``change(model)`` does to a WholeModel what the passes before this one will do to its layers.
     ``needs_base(options)``: its ``layer`` reads ``work.base_inputs``; with ``shows_base`` it observes all of
     them before it changes the layer, so that nobody else need run them. ``options`` is the schema of what a
     recipe may say. ``only_after`` are the passes that may come before it; None: any.
@@ -53,7 +60,7 @@ class Pass:
     kind: Literal["smooth", "rotate", "inputs", "round"]
     apply: Callable[[Model], Model] | None = None
     prepare: Callable[[Model, Any], Model] | None = None
-    learn: "Callable[[Skeleton, CalibrationSet, Any, Change], dict[str, torch.Tensor]] | None" = None
+    learn: "Callable[[Skeleton, CalibrationSet, Any, Change, Tell], dict[str, torch.Tensor]] | None" = None
     layer: "Callable[[LayerWork, Any], None] | None" = None
     options: type[Record] = NoOptions
     needs_base: Callable[[Any], bool] = lambda options: False
@@ -88,6 +95,13 @@ def options_of(use: PassUse, who: str) -> Record:
 def is_calibrated(recipe: Recipe) -> bool:
     """Whether ``recipe`` looks at activations: in some pass, or for the scales of a KV cache's heads."""
     return recipe.kv_cache == PER_HEAD or any(get_pass(use.name).calibrated for use in recipe.uses)
+
+
+def takes_calibration(recipe: Recipe) -> bool:
+    """Whether a calibration set changes what ``recipe`` makes: it needs one, or calibrates with one the
+    scales of its KV cache, which are ones without.
+    """
+    return recipe.kv_cache in SCALED or is_calibrated(recipe)
 
 
 def prepare(recipe: Recipe, model: Model) -> Model:

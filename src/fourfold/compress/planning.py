@@ -25,7 +25,7 @@ from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.calibration import Calibration, CalibrationSet
 from fourfold.compress.file_to_file import DEFAULT_DIALECT
 from fourfold.compress.model import Model
-from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes
+from fourfold.compress.pipeline import check_recipe, prepare, run_passes, takes_calibration
 from fourfold.compress.recipe import Recipe, load_recipe
 from fourfold.compress.resolve import open_source, resolve
 from fourfold.compress.stream import fits
@@ -76,7 +76,6 @@ class DryRun(Record):
     gpu_memory_bytes: int | None = None
     temporary_disk_bytes: int = 0
     layer_s: float | None = None
-    notes: list[str] = []
 
 
 def plan(
@@ -119,7 +118,7 @@ def plan(
         peak_memory_bytes=predict_peak_bytes(model),
         time_estimate_s=estimate_time_s(model, output_bytes),
     )
-    if calibration is None or not is_calibrated(recipe):
+    if calibration is None or not takes_calibration(recipe):
         return record
     from fourfold.compress.calibrated.prediction import predict
 
@@ -145,7 +144,6 @@ def _calibrated_fields(
         "gpu_memory_bytes": found.gpu_memory_bytes,
         "temporary_disk_bytes": found.temporary_disk_bytes,
         "layer_s": found.layer_s,
-        "notes": found.notes,
     }
 
 

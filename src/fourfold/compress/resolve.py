@@ -2,6 +2,7 @@
 read.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,7 +130,8 @@ def _scheme(name: str, info: TensorInfo, recipe: Recipe, checkpoint: Checkpoint)
         raise FourfoldError(
             f"{name} has the shape {list(info.shape)}: its input dimension {info.shape[-1]} is no multiple "
             f"of {block_format.block_size}, the block of {scheme.weight}. Nothing was written. Add a `keep` "
-            f"entry '{module_of(name)}' to the recipe, or choose a format with smaller blocks."
+            f"entry '{every_such(name)}' to the recipe, or choose a format with smaller blocks (nvfp4) or "
+            "none (fp8-channel)."
         )
     if info.dtype not in ROUNDED_DTYPES:
         raise FourfoldError(
@@ -139,6 +141,11 @@ def _scheme(name: str, info: TensorInfo, recipe: Recipe, checkpoint: Checkpoint)
     if scheme.scale_rule is None and block_format.default_rule is not None:
         return scheme.model_copy(update={"scale_rule": block_format.default_rule.value})
     return scheme
+
+
+def every_such(name: str) -> str:
+    """The glob of a weight's module in every layer, and of every expert, which have the same shapes."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", module_of(name))
 
 
 def _cast(entry: Entry, recipe: Recipe, dialect: str) -> Entry:

@@ -117,7 +117,8 @@ class Quark(BlockDialect):
         if not groups:
             if quantization.kv_cache is not None:
                 raise UsageError(
-                    "The dialect quark cannot store an FP8 KV cache beside unquantized weights only."
+                    "The dialect quark cannot store an FP8 KV cache beside unquantized weights only. Round "
+                    "some weights too, or choose --dialect compressed-tensors."
                 )
             return None
         first, *others = groups
