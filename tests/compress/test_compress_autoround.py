@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from compress_models import change_tensor, read_all
+from compress_models import build_moe, change_tensor, read_all
 from layer_at_work import at_work, build_model, output_error, recipe_of, run_passes, tokens
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.compress import quantize
 from fourfold.compress.calibrated.learned_rounding import LearnedRounding
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.passes.autoround import Options, loss_of, start_at_gptq
 from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
@@ -61,6 +62,36 @@ def test_it_learns_on_from_gptq(model, tmp_path):
         assert same.float().mean() > 0.98, name
     further = {"autoround": {"start": "gptq", "steps": 100, "loss": "plain"}}
     assert error_of(model, tmp_path / "c", further) < 0.9 * error_of(model, tmp_path / "d", "gptq")
+
+
+def test_every_weight_learns_on_from_gptq(model, tmp_path):
+    """None of the products that GPTQ recalls stands in the way of a gradient."""
+    few = tokens(count=1, length=16)  # all products of which are recalled
+    work = at_work(model, tmp_path / "a", recipe_of({"autoround": {"start": "gptq"}}), few)
+    targets = work.outputs(work.inputs)
+    learned = start_at_gptq(work, Options(start="gptq"))
+    for rounding in learned.values():
+        rounding.linear.weight.requires_grad_(True)
+        rounding.write()
+    loss_of(work.forward(work.inputs[0]), targets[0], "plain").backward()
+    assert all(rounding.gradients() is not None for rounding in learned.values())
+
+
+def test_an_expert_that_no_token_reaches_is_learned_from_the_nearest(tmp_path):
+    model = build_moe(tmp_path / "m", "mixtral")
+    work = at_work(model, tmp_path / "a", recipe_of({"autoround": {"start": "gptq", "steps": 1}}))
+    lonely = next(name for name in work.linears if ".experts.1." in name)
+    observe = work.observe
+    work.observe = lambda names, *rest: observe([name for name in names if name != lonely], *rest)
+    run_passes(work, recipe_of({"autoround": {"start": "gptq", "steps": 1}}))
+    assert set(work.blocks) == set(work.schemes) and lonely in work.blocks
+
+
+def test_a_layer_that_computes_no_numbers_is_told(model, tmp_path):
+    work = at_work(model, tmp_path / "a", recipe_of("autoround"))
+    work.inputs[0][0, 0] = torch.inf
+    with pytest.raises(FourfoldError, match=r"model\.layers\.0 is nan.*original model"):
+        run_passes(work, recipe_of("autoround"))
 
 
 def test_bytes_and_notes_are_the_same_twice(model, tmp_path):

@@ -133,6 +133,12 @@ class LayerWork:
         for linear in self.linears.values():
             linear.recall = self.recall
 
+    def stop_recalling(self) -> None:
+        """From now on every product is computed: learning needs gradients through all of them."""
+        self.recall = None
+        for linear in self.linears.values():
+            linear.recall = None
+
     def together(self, names: Iterable[str], apart: bool) -> torch.Tensor:
         """The weights of ``names`` below each other, [out, in], with which they compute from now on. With
         ``apart`` the tensors that they computed with so far stay as they are.

@@ -14,6 +14,7 @@ A step sees one batch of the calibration set (4096 tokens on a CPU, 16384 on a G
 layer never gets worse there than where it started. The price is about three runs of the layer a step.
 """
 
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.passes import gptq
 from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.compress.pipeline import Pass
+from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor, get_format
 
@@ -75,6 +77,8 @@ def start_at_gptq(work: LayerWork, options: Options) -> dict[str, LearnedRoundin
     """A LearnedRounding for each weight to be rounded, at what GPTQ makes of it."""
     original = {name: work.linears[name].weight.detach().clone() for name in work.schemes}
     gptq.round_layer(work, gptq.Options.model_validate({}))
+    work.round_rest(round_to_nearest)  # an expert that no token reaches
+    work.stop_recalling()
     learned = {}
     for name, scheme in work.schemes.items():
         linear, blocks = work.linears[name], work.blocks.pop(name)
@@ -105,7 +109,10 @@ def start_nearest(work: LayerWork, options: Options) -> dict[str, LearnedRoundin
 def learn(
     work: LayerWork, learned: dict[str, LearnedRounding], targets: list[torch.Tensor], options: Options
 ) -> tuple[dict[str, BlockTensor], float, float]:
-    """The best blocks that were seen, with the losses of the start and of the best."""
+    """The best blocks that were seen, with the losses of the start and of the best.
+
+    Raises FourfoldError when that of the start is no number.
+    """
     lr = options.lr or (1.0 if options.start == "rtn" else 0.2) / options.steps
     scale_lr = lr if options.scale_lr is None else options.scale_lr
     order = batch_order(len(work.inputs), options.steps, options.seed + work.index)
@@ -117,6 +124,12 @@ def learn(
         if step in check_at:
             loss = check(work, targets, options.loss)
             first = loss if step == 0 else first
+            if not isfinite(first):
+                raise FourfoldError(
+                    f"The loss of {work.prefix} is {first} before 'autoround' takes a step: the original "
+                    "model computes no finite numbers on this calibration text. `fourfold evaluate` the "
+                    "original, or use another text."
+                )
             if not best or loss < least:
                 least, best = loss, {name: rounding.blocks() for name, rounding in learned.items()}
         if step < options.steps:
