@@ -1,10 +1,11 @@
-"""What a budget buys, judged: KL and loss of checkpoints of 4.25 (all MXFP4), 4.5, 5 and 6 bits a weight.
+"""What a budget buys, judged: KL and loss of checkpoints of the smallest size, 4.5, 5 and 6 bits a weight.
 
     python benchmarks/accuracy/budget.py MODEL WORK --calibration TEXT --texts TEXT...
 
 Formats are chosen by ``fourfold.compress.budget`` and weights rounded by RECIPE, to nearest unless told
 otherwise; every checkpoint is judged beside MODEL by the same arithmetic (simulated.py) on the same windows.
-Fails when the frontier, or what was measured along it, is not monotone.
+Shares recovered are of what RECIPE's formats lose when rounded to nearest. Fails when the frontier, or what
+was measured along it, is not monotone.
 """
 
 import argparse
@@ -36,17 +37,16 @@ def main() -> None:
     )
     base = SimulatedModel(args.model, args.device)
     recipe = load_recipe(args.recipe)
-    rows = [judged("all " + recipe.name, recipe, None, args, calibration, windows, base)]
     measured = measure(args.model, recipe, args.dialect, calibration, args.device)
+    nearest = recipe.model_copy(update={"name": "rtn", "passes": ["rtn"]})
+    unmixed = [nearest] if recipe.passes == nearest.passes else [nearest, recipe]
+    rows = [judged(f"all by {one.name}", one, None, args, calibration, windows, base) for one in unmixed]
     for budget in args.budgets:
         fitted, frontier = within(measured, parse_budget(budget))
         check_monotone([point.predicted_kl for point in frontier.points], "the frontier's predicted KL")
         point = frontier.points[frontier.chosen]
-        if len(rows) == 1:
-            rows[0]["predicted_kl"], rows[0]["bits"] = (
-                frontier.points[0].predicted_kl,
-                frontier.points[0].bits,
-            )
+        for row in rows[: len(unmixed)]:
+            row |= {"predicted_kl": frontier.points[0].predicted_kl, "bits": frontier.points[0].bits}
         rows.append(judged(budget, fitted, point.predicted_kl, args, calibration, windows, base))
         rows[-1]["bits"] = point.bits
     report(rows, len(windows), args.json)
@@ -79,13 +79,13 @@ def judged(
 
 
 def report(rows: list[dict], windows: int, path: Path | None) -> None:
-    """Print the table, and the share of what the smallest lost that each wins back."""
+    """Print the table, and the share of what the first row lost that each wins back."""
     first = rows[0]
     for row in rows:
         row["kl_recovered"] = 1 - row["kl"] / first["kl"]
         row["loss_recovered"] = 1 - row["loss_increase"] / first["loss_increase"]
         print(
-            f"{row['label']:>12}: {row['bits']:.3f} bits, {row['size_bytes'] / 1e6:.1f} MB, KL "
+            f"{row['label']:>16}: {row['bits']:.3f} bits, {row['size_bytes'] / 1e6:.1f} MB, KL "
             f"{row['kl']:.5f} (predicted {row['predicted_kl']:.5f}), loss {row['loss_increase']:+.5f}, top-1 "
             f"{row['top1']:.4f}; recovered of KL {row['kl_recovered']:.1%}, of loss "
             f"{row['loss_recovered']:.1%}"
