@@ -82,7 +82,7 @@ def packed(request, tmp_path_factory):
 def served_logits(engine, prompts: list[list[int]]) -> list[np.ndarray]:
     """Logits [V] after each prompt as steps compute them, all prompts together."""
     seen: dict[str, np.ndarray] = {}
-    step = engine._native.step
+    step = engine._decoder.step
 
     def watched(cache, chunks, chosen):
         logits, likeliest = step(cache, chunks, chosen)
@@ -91,7 +91,7 @@ def served_logits(engine, prompts: list[list[int]]) -> list[np.ndarray]:
             seen.setdefault(key, row.copy())
         return logits, likeliest
 
-    engine._native.step = watched
+    engine._decoder.step = watched
     for index, tokens in enumerate(prompts):
         engine.add(Request(str(index), tokens, greedy(6)))
     drain(engine)
@@ -133,7 +133,7 @@ def test_logits_of_chosen_rows_are_those_of_all(packed):
     """The last layer computes for the chosen rows alone."""
     engine, first, second = native(packed, kv_block_size=16), prompt(40), prompt(33, seed=1)
     exact = np.concatenate([engine.logits(first), engine.logits(second)])
-    decoder = engine._native
+    decoder = engine._decoder
     decoder.use(engine.cache)
     tokens, spans = array("i", first + second), array("i", (40, 0, 3, 33, 0, 3))
     for chosen in ([], [39], [72], [0, 5, 6, 38, 39, 40, 41, 72], list(range(73))):

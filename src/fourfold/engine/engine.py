@@ -14,7 +14,6 @@ from fourfold.checkpoint import Checkpoint, open_checkpoint
 from fourfold.core.errors import UsageError
 from fourfold.core.machine import usable_cores
 from fourfold.core.records import ModelCard
-from fourfold.engine.attention import DenseAttention, PagedAttention
 from fourfold.engine.kv_cache import BlockPool, BlockTable, KVCache
 from fourfold.engine.loading import (
     build_kv_format,
@@ -38,9 +37,9 @@ from fourfold.engine.sampling import Choice, SamplingState, choose
 from fourfold.engine.scheduler import Chunk, Scheduler
 from fourfold.engine.sequence import Sequence
 from fourfold.engine.tokenizer import Tokenizer
+from fourfold.engine.torch_decoder import TorchDecoder
 from fourfold.engine.weights import Weights
 
-HEAD_SLICE_TOKENS = 128
 LEAST_CACHED_BYTES = 32 << 20  # less is packed as soon as it is read
 
 
@@ -61,22 +60,22 @@ class Engine:
         self._kv_format = build_kv_format(checkpoint, config, self.model)
         self._card = self._card.model_copy(update={"kv_cache_format": self._kv_format.name})
         blocks = kv_block_count(config, shape, self._kv_format)
-        self._native, self.arithmetic = self._compile(checkpoint, weights)
+        self._decoder = self._build_decoder(checkpoint, weights)
         self.cache = KVCache(shape.layers, blocks, config.kv_block_size, shape.kv_heads, self._kv_format)
         self.scheduler = Scheduler(config, BlockPool(blocks, config.kv_block_size, config.prefix_cache))
         self._sequences: dict[str, Sequence] = {}
         self._counters = EngineStats(kv_tokens_total=self.scheduler.pool.total * config.kv_block_size)
 
-    def _compile(self, checkpoint: Checkpoint, weights: Weights) -> tuple[NativeDecoder | None, str]:
-        """The model as a program and its arithmetic, or None and why torch computes it."""
+    def _build_decoder(self, checkpoint: Checkpoint, weights: Weights) -> NativeDecoder | TorchDecoder:
+        """The model as a C++ program, or in torch where something stands in the way of that."""
         if problem := obstacle(self.model, self._kv_format, self.config):
             weights.pack_all(input_parts(checkpoint.config, self.config))
-            return None, f"torch: {problem}"
+            return TorchDecoder(self.model, self._kv_format, problem)
         cache = PackedCache.open(checkpoint) if self.config.packed_cache else None
         native = NativeDecoder(self.model, self._kv_format, self.config, cache)
         if cache is not None and native.packed_bytes >= LEAST_CACHED_BYTES:
             cache.finish()
-        return native, native.arithmetic
+        return native
 
     @classmethod
     def load(cls, source: str | Path, config: EngineConfig | None = None) -> "Engine":
@@ -94,6 +93,11 @@ class Engine:
     def card(self) -> ModelCard:
         """What the model is, and how this engine holds its keys and values."""
         return self._card
+
+    @property
+    def arithmetic(self) -> str:
+        """``int8`` or ``exact`` in C++, or ``torch`` and why."""
+        return self._decoder.arithmetic
 
     @property
     def computed(self) -> str:
@@ -177,20 +181,8 @@ class Engine:
         for chunk in chunks:
             end += chunk.count
             rows += range(end - 1 - len(chunk.draft), end) if chunk.yields_token else ()
-        if self._native is not None:
-            logits, likeliest = self._native.step(self.cache, chunks, rows)
-            return choose(logits, states, drafts, likeliest) if rows else []
-        logits = self._torch_step(chunks, rows)
-        return choose(logits, states, drafts) if rows else []
-
-    @torch.inference_mode()
-    def _torch_step(self, chunks: list[Chunk], rows: list[int]) -> torch.Tensor:
-        """Logits [n, V] of the ``rows`` of a step that torch computes."""
-        token_ids = [t for c in chunks for t in c.token_ids]
-        hidden = self.model.hidden(torch.tensor(token_ids), PagedAttention(self.cache, chunks))
-        if not rows:
-            return hidden[:0]
-        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+        logits, likeliest = self._decoder.step(self.cache, chunks, rows)
+        return choose(logits, states, drafts, likeliest) if rows else []
 
     def generate(
         self, prompts: Seq[str | list[int]], sampling: SamplingParams | Seq[SamplingParams] | None = None
@@ -228,7 +220,6 @@ class Engine:
         """Token ids of ``text``, without special tokens added."""
         return self.tokenizer.encode(text)
 
-    @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> np.ndarray:
         """Float32 logits [T, V] for a sequence of T token ids, each row predicting the next token.
 
@@ -239,43 +230,25 @@ class Engine:
             raise UsageError(
                 f"{len(token_ids)} tokens are more than the model's {self.max_positions} positions."
             )
-        if self._native:
-            return self._native.logits(token_ids)
-        attention = DenseAttention(len(token_ids), self.model.shape.kv_heads, self._kv_format)
-        hidden = self.model.hidden(torch.tensor(token_ids), attention)
-        result = np.empty((len(token_ids), self.model.shape.vocabulary), dtype=np.float32)
-        for start in range(0, len(token_ids), HEAD_SLICE_TOKENS):
-            piece = self.model.logits(hidden[start : start + HEAD_SLICE_TOKENS])
-            torch.from_numpy(result[start : start + HEAD_SLICE_TOKENS]).copy_(piece)
-        return result
+        return self._decoder.logits(token_ids)
 
     @property
     def layer_count(self) -> int:
         """How many decoder layers there are."""
         return self.model.shape.layers
 
-    @torch.inference_mode()
     def embedded(self, token_ids: list[int]) -> np.ndarray:
         """Float32 states [T, H] of a sequence before the first layer. Raises UsageError for unknown ids."""
         self._check_tokens(token_ids)
-        if self._native:
-            return self._native.embedded(token_ids)
-        return self.model.embed(torch.tensor(token_ids)).numpy()
+        return self._decoder.embedded(token_ids)
 
-    @torch.inference_mode()
     def through(self, hidden: np.ndarray, first: int, end: int) -> np.ndarray:
         """States [T, H] of a whole sequence from before layer ``first`` to before layer ``end``."""
-        if self._native:
-            return self._native.through(hidden, first, end)
-        attention = DenseAttention(len(hidden), self.model.shape.kv_heads, self._kv_format)
-        return self.model.through(torch.tensor(hidden), attention, first, end).numpy()
+        return self._decoder.through(hidden, first, end)
 
-    @torch.inference_mode()
     def logits_of(self, hidden: np.ndarray) -> np.ndarray:
         """Float32 logits [T, V] of states [T, H] that have passed every layer."""
-        if self._native:
-            return self._native.logits_of(hidden)
-        return self.model.logits(torch.from_numpy(hidden)).float().numpy()
+        return self._decoder.logits_of(hidden)
 
     def _retire(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -1,10 +1,10 @@
 """A decoder as one C++ program: a step is one call without the GIL, and Python only says what it is about.
 
-``obstacles.py`` says which pieces of a model the program has no words for; such a model is left to torch.
-``recording.py`` writes down others. States are float32 between the linear layers, whose inputs are rounded to
-int8 in blocks of 32 (arithmetic ``int8``) or to bfloat16 (``exact``), after the checkpoint's own scheme has
-turned and rounded them; int8 takes the place of other 8-bit formats. A result depends neither on what is
-beside it in the batch nor on the threads.
+``obstacles.py`` says which models the program has no words for; ``torch_decoder.py`` computes those, and
+``recording.py`` writes down the others. States are float32 between the linear layers, whose inputs are
+rounded to int8 in blocks of 32 (arithmetic ``int8``) or to bfloat16 (``exact``), after the checkpoint's own
+scheme has turned and rounded them; int8 takes the place of other 8-bit formats. A result depends neither on
+what is beside it in the batch nor on the threads.
 """
 
 from array import array
