@@ -66,21 +66,17 @@ class BlockDialect(ABC):
                 kv_scales[owner] = _kv_scale(tensor, load, kv_cache)
             elif (key := rotations.owner(name)) is not None:
                 matrices[key] = tensor
-            elif f"{module}.{SCALE}" not in stored:
-                entries[name] = plain_entry(tensor)
-            elif module not in layers and suffix != SCALE:
-                scheme = scheme_of(module)
-                layout = self.layouts[scheme.weight]
-                if suffix not in {field.suffix for field in layout.fields().values()}:
-                    # a bias, or what _refuse_foreign will complain of
+            elif suffix != SCALE and name not in used:
+                is_quantized = f"{module}.{SCALE}" in stored
+                scheme = scheme_of(module) if is_quantized and module not in layers else None
+                if scheme is None or suffix not in self.layouts[scheme.weight].suffixes:
+                    # beside a quantized weight: a bias, or what _refuse_foreign will complain of
                     entries[name] = plain_entry(tensor)
                     continue
                 layers[module] = scheme
-                entry = block_entry(module, scheme, layout, stored)
+                entry = block_entry(module, scheme, self.layouts[scheme.weight], stored)
                 entries[f"{module}.weight"] = entry
                 used.update(part.name for part in entry.parts.values())
-            elif name not in used and suffix != SCALE:
-                entries[name] = plain_entry(tensor)
         _refuse_foreign(stored, entries, used)
         add_rotations(layers, entries, rotations, matrices, load)
         return Reading(Quantization(layers=layers, kv_cache=kv_cache), entries, kv_scales)

@@ -52,6 +52,11 @@ class Layout:
         parts = {BLOCKS: self.blocks, SCALES: self.scales, GLOBAL: self.global_scale, SHAPE: self.shape}
         return {part: field for part, field in parts.items() if field is not None}
 
+    @property
+    def suffixes(self) -> set[str]:
+        """Those of every stored part."""
+        return {field.suffix for field in self.fields().values()}
+
 
 def plan_blocks(info: TensorInfo, module: str, layout: Layout) -> list[PlannedTensor]:
     """What is stored for the quantized tensor ``info`` of ``module``."""
