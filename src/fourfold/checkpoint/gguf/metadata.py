@@ -85,14 +85,7 @@ def model_config(
         "dtype": "bfloat16",
         "tie_word_embeddings": "output.weight" not in shapes,
     }
-    for key, field in REQUIRED.items():
-        config[field] = values.count(key)
-    if config["num_hidden_layers"] > len(shapes):
-        raise values.unusable("block_count", config["num_hidden_layers"])
-    config["rms_norm_eps"] = values.positive(EPSILON)
-    config["num_key_value_heads"] = _kv_heads(values, config["num_attention_heads"])
-    config["head_dim"] = _head_dim(values, config)
-    config["vocab_size"] = _vocabulary(path, shapes)
+    config |= _sizes(path, values, shapes)
     if architecture.model_type == "gemma3_text":
         return config | gemma3_settings(config, values) | token_ids(metadata)
     theta = values.positive("rope.freq_base", 10000.0)
@@ -110,6 +103,18 @@ def token_ids(metadata: dict[str, Any]) -> dict[str, int]:
     """bos, eos and pad token ids as far as the file tells them."""
     keys = {f"tokenizer.ggml.{name}_token_id": field for name, field in TOKENS.items()}
     return {field: metadata[key] for key, field in keys.items() if type(metadata.get(key)) is int}
+
+
+def _sizes(path: Path, values: Values, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What every architecture has."""
+    sizes: dict[str, Any] = {field: values.count(key) for key, field in REQUIRED.items()}
+    if sizes["num_hidden_layers"] > len(shapes):
+        raise values.unusable("block_count", sizes["num_hidden_layers"])
+    sizes["rms_norm_eps"] = values.positive(EPSILON)
+    sizes["num_key_value_heads"] = _kv_heads(values, sizes["num_attention_heads"])
+    sizes["head_dim"] = _head_dim(values, sizes)
+    sizes["vocab_size"] = _vocabulary(path, shapes)
+    return sizes
 
 
 def _kv_heads(values: Values, heads: int) -> int:
@@ -132,8 +137,8 @@ def _rope(path: Path, theta: float, head_dim: int, divisors: np.ndarray | None) 
     return parameters
 
 
-def _head_dim(values: Values, config: dict[str, Any]) -> int:
-    head_dim = values.count("attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+def _head_dim(values: Values, sizes: dict[str, Any]) -> int:
+    head_dim = values.count("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     if values.get("attention.value_length", head_dim) != head_dim:
         raise values.inexpressible("attention", "has keys and values of different width")
     if values.get("rope.dimension_count", head_dim) != head_dim:
