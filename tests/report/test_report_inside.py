@@ -44,13 +44,25 @@ def test_every_figure_is_on_the_page(inside):
 
 def test_the_layer_chart_holds_the_records(inside):
     views = {view["key"]: view for view in page_of(inside).charts["layers"]}
-    assert set(views) == {"kl_divergence", "own_error", "built_up_error", "sqnr_db"}
+    assert set(views) == {"kl_divergence", "own_error", "built_up_error", "sqnr_db-0"}
     layers = picture().layers
     [kl] = views["kl_divergence"]["series"]
     assert kl["points"] == [[e.layer, e.kl_divergence.value] for e in layers]
     assert views["own_error"]["series"][0]["points"] == [[e.layer, 100 * e.own_error] for e in layers]
-    by_kind = {line["name"]: line["points"] for line in views["sqnr_db"]["series"]}
+    by_kind = {line["name"]: line["points"] for line in views["sqnr_db-0"]["series"]}
     assert by_kind == {"up_proj": [[0, 19.17], [1, 20.17]], "down_proj": [[0, 19.17], [1, 20.17]]}
+
+
+def test_weights_of_several_models_are_views_of_their_own(inside):
+    other = evaluation(QUANTIZED.model_copy(update={"name": "other"})).model_copy(
+        update={"layers": picture()}
+    )
+    write(inside / "other.json", other)
+    views = page_of(inside).charts["layers"]
+    assert [len(view["series"]) for view in views] == [2, 2, 2, 2, 2]  # models, then kinds of linears
+    weights = [view for view in views if view["key"].startswith("sqnr_db")]
+    assert len({view["title"] for view in weights}) == len({view["key"] for view in weights}) == 2
+    assert all({line["name"] for line in view["series"]} == {"up_proj", "down_proj"} for view in weights)
 
 
 def test_a_newer_evaluation_by_position_does_not_stand_for_quality(inside):

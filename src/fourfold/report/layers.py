@@ -5,6 +5,7 @@ from typing import Any
 from fourfold.core.records import EvaluationRecord, LayerPicture, LinearError
 from fourfold.report.study import Study, Subject
 
+WEIGHTS = "sqnr_db"
 VIEWS = {
     "kl_divergence": (
         "KL of one layer alone",
@@ -22,10 +23,11 @@ VIEWS = {
         "%",
         "The same distance when all layers up to here are the model's.",
     ),
-    "sqnr_db": (
+    WEIGHTS: (
         "Signal to rounding noise of weights",
         "dB",
-        "-20 log10 of |rounded - original| / |original| for each quantized weight: higher is closer.",
+        "-20 log10 of |rounded - original| / |original| for each quantized weight: higher is closer. Passes "
+        "that look at what a layer computes (GPTQ, AWQ, training) move weights further on purpose.",
     ),
 }
 
@@ -43,19 +45,29 @@ def layer_errors(study: Study) -> list[tuple[Subject, LayerPicture]]:
 
 
 def layer_views(study: Study) -> list[dict[str, Any]]:
-    """What the layer chart can show: for each view its series of (layer, value)."""
+    """What the layer chart can show: for each view its series of (layer, value). Weights have a view for each
+    subject: all kinds of linears of all subjects would be too many series to tell apart."""
     pictures = layer_errors(study)
-    views = []
-    for key, (title, unit, definition) in VIEWS.items():
-        lines = weights(study, pictures) if key == "sqnr_db" else layers(study, pictures, key, unit)
-        if lines:
-            views.append(
-                {"key": key, "title": title, "unit": unit, "definition": definition, "series": lines}
-            )
-    return views
+    views = [view(key, layers(study, pictures, key)) for key in VIEWS if key != WEIGHTS]
+    for place, (subject, picture) in enumerate(pictures):
+        whose = f": {subject.label}" if len(pictures) > 1 else ""
+        views.append(view(WEIGHTS, weights(picture), f"-{place}", whose))
+    return [found for found in views if found["series"]]
 
 
-def layers(study: Study, pictures: list[tuple[Subject, LayerPicture]], key: str, unit: str) -> list[dict]:
+def view(key: str, series: list[dict], place: str = "", whose: str = "") -> dict[str, Any]:
+    """One of VIEWS with its series; ``place`` and ``whose`` tell those of several subjects apart."""
+    title, unit, definition = VIEWS[key]
+    return {
+        "key": key + place,
+        "title": title + whose,
+        "unit": unit,
+        "definition": definition,
+        "series": series,
+    }
+
+
+def layers(study: Study, pictures: list[tuple[Subject, LayerPicture]], key: str) -> list[dict]:
     """A series per subject; shares in percent."""
     return [
         {
@@ -70,14 +82,12 @@ def layers(study: Study, pictures: list[tuple[Subject, LayerPicture]], key: str,
     ]
 
 
-def weights(study: Study, pictures: list[tuple[Subject, LayerPicture]]) -> list[dict]:
+def weights(picture: LayerPicture) -> list[dict]:
     """A series per kind of linear; of several experts in one layer, all stand there."""
     found: dict[str, list] = {}
-    for subject, picture in pictures:
-        for error in picture.linears:
-            if error.layer is not None and error.sqnr_db is not None:
-                name = kind(error) if len(pictures) == 1 else f"{kind(error)} · {subject.label}"
-                found.setdefault(name, []).append([error.layer, error.sqnr_db])
+    for error in picture.linears:
+        if error.layer is not None and error.sqnr_db is not None:
+            found.setdefault(kind(error), []).append([error.layer, error.sqnr_db])
     return [{"name": name, "style": i, "points": points} for i, (name, points) in enumerate(found.items())]
 
 

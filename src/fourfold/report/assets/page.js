@@ -16,9 +16,10 @@
   function style(index) {
     const colours = dark.matches ? DARK : LIGHT;
     const place = data.subjects[0].base ? index : index + 1;
+    const turn = Math.floor(place / colours.length); // a colour that comes again has another shape
     return {
       color: colours[place % colours.length],
-      symbol: SHAPES[place % SHAPES.length],
+      symbol: SHAPES[(place + turn) % SHAPES.length],
       dash: DASHES[place % DASHES.length],
     };
   }
@@ -83,6 +84,7 @@
     const names = legendOf(series);
     const narrow = chart.getWidth() < 560;
     const legend = { left: narrow ? 0 : "center", orient: narrow ? "vertical" : "horizontal" };
+    if (series.every((s) => s.type === "scatter")) legend.itemWidth = 14; // as wide as high: shapes keep theirs
     return {
       animation: false,
       textStyle: { fontFamily: getComputedStyle(document.body).fontFamily },
@@ -307,20 +309,21 @@
   function drawLayers(chart) {
     const view = data.layers.find((v) => v.key === byId("layers-view").value);
     const bars = view.key === "kl_divergence";
+    const weights = view.key.startsWith("sqnr_db");
     const count = 1 + Math.max(...view.series.flatMap((s) => s.points.map((p) => p[0])));
     const series = view.series.map((line) => {
       const look = style(line.style);
       const points = line.points.map(([layer, value]) => [String(layer), value]);
       const common = { name: line.name, itemStyle: { color: look.color }, data: points };
       if (bars) return Object.assign(common, { type: "bar", barMaxWidth: 22 });
-      if (view.key === "sqnr_db") return Object.assign(common, { type: "scatter", symbol: look.symbol, symbolSize: 8 });
+      if (weights) return Object.assign(common, { type: "scatter", symbol: look.symbol, symbolSize: 8 });
       return Object.assign(common, {
         type: "line", symbol: look.symbol, symbolSize: 7, lineStyle: { color: look.color, width: 2.5, type: look.dash },
       });
     });
     const layers = Array.from({ length: count }, (_, i) => String(i));
     const x = axis("decoder layer", { type: "category", data: layers, nameGap: 32 });
-    const y = axis(view.unit, { type: "value", nameGap: 54, scale: view.key === "sqnr_db" });
+    const y = axis(view.unit, { type: "value", nameGap: 54, scale: weights });
     show(
       chart,
       options(chart, series, x, y, (item) =>
