@@ -22,6 +22,7 @@ def clock(monkeypatch):
 
 def test_in_a_log_a_line_a_minute_tells_the_time_left(clock, capsys):
     with stages() as display:
+        display.learned("training for distill", 0, 9)
         display.layers(50, 60, "model.layers.50")
         clock(100)  # what was finished before has gone by: the clock begins anew
         display.layers(50, 60, "model.layers.50")

@@ -1,12 +1,15 @@
 """The dry run of a calibrated recipe runs one layer, tells the cost of all, and leaves nothing behind."""
 
+import time
+
 import torch
 from compress_models import tensor_bytes
 from tiny_models import build_tiny_model
 
 from fourfold.compress import Recipe, plan, quantize
-from fourfold.compress.calibrated.prediction import representative
+from fourfold.compress.calibrated.prediction import ENOUGH_UNITS, Rehearsal, representative
 from fourfold.compress.calibration import CalibrationSet, SelfWritten
+from fourfold.compress.passes import distill
 
 GPTQ = Recipe.model_validate({"name": "own", "rules": [{"weight": "mxfp4"}], "passes": ["gptq"]})
 TOKENS = CalibrationSet(torch.arange(4 * 32).view(4, 32), "counted", 0)
@@ -22,7 +25,7 @@ def test_one_layer_is_run_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
     assert dry.calibration_samples == 4 and dry.calibration_sequence_tokens == 32
     assert dry.layer_s is not None and 0 < 2 * dry.layer_s < dry.time_estimate_s
-    assert dry.device == "cpu" and dry.gpu_memory_bytes is None and dry.notes == []
+    assert dry.device == "cpu" and dry.gpu_memory_bytes is None
     quantize(tiny_llama, tmp_path / "out", GPTQ, calibration=TOKENS)
     assert dry.output_bytes == tensor_bytes(tmp_path / "out")
 
@@ -52,10 +55,36 @@ def test_what_the_model_would_write_is_timed_on_a_piece(tiny_llama, tmp_path):
     assert asked == [(0, 32)] and dry.calibration_samples == 80
 
 
-def test_what_is_learned_over_the_whole_model_is_named(tiny_llama, tmp_path):
-    recipe = GPTQ.model_copy(update={"passes": ["distill"]})
-    dry = plan(tiny_llama, recipe, calibration=TOKENS, beside=tmp_path)
-    assert any("distill" in note for note in dry.notes)
+def test_what_is_learned_over_the_whole_model_is_begun_and_counted(tiny_llama, tmp_path, monkeypatch):
+    steps, step = [], distill.Student.step
+    monkeypatch.setattr(distill.Student, "step", lambda self, share: steps.append(share) or step(self, share))
+    times = []
+    for count in (3_000, 30_000):
+        distilled = {"distill": {"steps": count, "sequences": 2, "own": 12}}
+        recipe = GPTQ.model_copy(update={"passes": [distilled]})
+        dry = plan(tiny_llama, recipe, calibration=TOKENS, beside=tmp_path)
+        times.append(dry.time_estimate_s)
+    assert len(steps) == 2 * ENOUGH_UNITS
+    assert 3 < times[1] / times[0] < 30
+    # beside the layers, what was learned lies on disk until the end
+    alone = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
+    assert dry.temporary_disk_bytes > 1.5 * alone.temporary_disk_bytes
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_leaves_out_what_libraries_need_to_set_themselves_up(monkeypatch):
+    rehearsal, now_s = Rehearsal(torch.device("cpu")), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
+    for done, seconds in enumerate((7.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)):
+        assert not rehearsal("training", done, 100)
+        now_s[0] += seconds
+    assert rehearsal("training", 8, 100)
+    assert abs(rehearsal.left_s - 92 * 0.1) < 1e-9
+    for done in (0, 32):
+        assert not rehearsal("writing", done, 128)
+        now_s[0] += 20.0
+    assert rehearsal("writing", 64, 128)
+    assert abs(rehearsal.left_s - 92 * 0.1 - 64 / 32 * 20.0) < 1e-9
 
 
 def test_the_layer_that_is_run_is_of_the_most_common_kind(tmp_path):

@@ -195,6 +195,7 @@ def run(job: Job) -> "QuantizationRecord":
             device=device,
             layer_progress=display.layers,
             writing_progress=display.sequences,
+            learning_progress=display.learned,
             spread=spread,
         )
     record = record_of(job, manifest, device, time.perf_counter() - begin)

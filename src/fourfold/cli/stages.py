@@ -24,6 +24,10 @@ class Stages:
         """Calibration sequences that the model has written."""
         self._update("writing calibration text", "sequences", done, total)
 
+    def learned(self, what: str, done: int, total: int) -> None:
+        """Steps of what a pass learns over the whole model."""
+        self._update(what, "steps", done, total)
+
     def layers(self, done: int, total: int, name: str) -> None:
         """Finished layers, ``name`` the last of them."""
         self._update("calibrating", name, done, total)

@@ -91,17 +91,24 @@ def draw(logits: torch.Tensor, generators: list[torch.Generator]) -> torch.Tenso
 
 @torch.no_grad()
 def continue_together(
-    model: WholeModel, text: torch.Tensor, samples: int, seed: int, at_once: int = 1024
+    model: WholeModel,
+    text: torch.Tensor,
+    samples: int,
+    seed: int,
+    at_once: int = 1024,
+    enough: Callable[[int, int], bool] = lambda done, samples: False,
 ) -> torch.Tensor:
     """``samples`` sequences, int64 [samples, T], that begin with a run of tokens from anywhere in ``text``
     [n, T] and go on as the model does. Runs are of ``BEGINNING_TOKENS``, but at most half of T. Drawn
     from one generator on the model's device, which is far faster than one for each sequence; what is written
-    then depends on that device and on ``at_once``.
+    then depends on that device and on ``at_once``. It ends before ``samples`` once ``enough(done, samples)``.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     text, pieces = text.to(model.device), []
     at_once = min(at_once, math.ceil(samples / len(BEGINNING_TOKENS)))
     for number, first in enumerate(range(0, samples, at_once)):
+        if enough(first, samples):
+            break
         length = min(BEGINNING_TOKENS[number % len(BEGINNING_TOKENS)], text.shape[1] // 2)
         begun = runs_of(text, min(at_once, samples - first), length, generator)
         pieces.append(_go_on(model, begun, text.shape[1], generator))

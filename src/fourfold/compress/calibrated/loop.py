@@ -31,7 +31,7 @@ from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.kv_calibration import KVObserver
 from fourfold.compress.model import Model, Value, plain
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
-from fourfold.compress.pipeline import Change, Pass, get_pass, options_of
+from fourfold.compress.pipeline import Change, Pass, Tell, get_pass, options_of, silent
 from fourfold.compress.recipe import Recipe
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
@@ -66,6 +66,7 @@ class LayerLoop:
         self.notes = self._left_out()
         self.experts: list[ExpertTokens] = []
         self.kv = KVObserver()
+        self.tell: Tell = silent
         self._learned: dict[str, dict[str, torch.Tensor]] = {}
         self._inputs: list[torch.Tensor] = []
         self._base_inputs: list[torch.Tensor] | None = None
@@ -351,7 +352,7 @@ class LayerLoop:
         if found is None:
             assert chosen.learn is not None
             with torch.enable_grad():
-                learned = chosen.learn(self.skeleton, self.calibration, options, change)
+                learned = chosen.learn(self.skeleton, self.calibration, options, change, self.tell)
             found = self.store.save(chosen.name, {n: t.detach().cpu() for n, t in learned.items()}, [])
         return {
             n: v for n, v in self.store.load_all(chosen.name, found).items() if isinstance(v, torch.Tensor)

@@ -1,9 +1,9 @@
 """What a calibrated run will cost, from one of its layers that is really run.
 
 The layer sees the whole calibration set, so its time and its peak memory are those of every layer like it;
-others count by their parameters. Files are timed on the layer's own. What a run does once for the whole model
-(``learn``) cannot be seen in a layer and is only named. The layer's files go to a temporary folder beside the
-output and are gone when the prediction is there.
+others count by their parameters. Files are timed on the layer's own. What passes learn over the whole model
+is begun, and ended once it is seen what a step of it takes. Files go to a temporary folder beside the output
+and are gone when the prediction is there.
 """
 
 import resource
@@ -25,6 +25,8 @@ from fourfold.compress.recipe import Recipe
 from fourfold.core.durable import writing
 from fourfold.core.records import Record
 
+LEAST_UNITS, ENOUGH_UNITS, ENOUGH_S = 2, 8, 10.0
+
 
 class Prediction(Record):
     """Seconds and bytes of a whole run. ``peak_memory_bytes`` is up to the end of the last layer."""
@@ -34,7 +36,6 @@ class Prediction(Record):
     peak_memory_bytes: int
     gpu_memory_bytes: int | None
     temporary_disk_bytes: int
-    notes: list[str]
 
 
 def predict(
@@ -58,8 +59,7 @@ def predict(
     ):
         tokens, writing_s = _tokens(calibration)
         loop = LayerLoop(prepared, recipe, tokens, LayerStore(Path(folder)), device)
-        learning = [chosen.name for chosen, _ in loop.passes if chosen.learn is not None]
-        loop.passes = [(chosen, options) for chosen, options in loop.passes if chosen.learn is None]
+        loop.tell = rehearsal = Rehearsal(device)
         loop.start()
         loop.part_from_base()
         started_s = _since(begun_s, device)
@@ -70,13 +70,33 @@ def predict(
         layer_bytes, file_s = _files(loop, index)
         copies = output_bytes / max(1, layer_bytes)
         return Prediction(
-            time_s=started_s + writing_s + shares * layer_s + copies * file_s,
+            time_s=started_s + writing_s + rehearsal.left_s + shares * layer_s + copies * file_s,
             layer_s=layer_s,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             gpu_memory_bytes=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-            temporary_disk_bytes=round(shares * layer_bytes),
-            notes=[f"Not counted: what the pass {name} learns over the whole model." for name in learning],
+            temporary_disk_bytes=round(shares * layer_bytes) + _learned_bytes(loop),
         )
+
+
+class Rehearsal:
+    """A ``Tell`` that lets each kind of work go on until it is known what a unit of it takes; ``left_s`` is
+    what the units that were left out would have taken.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.left_s = device, 0.0
+        self._seen: dict[str, list[tuple[float, int]]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> bool:
+        """Whether enough was seen. Its first half does not count: there, libraries set themselves up."""
+        seen = self._seen.setdefault(what, [])
+        seen.append((_since(0.0, self.device), done))
+        (begin_s, _), (half_s, half), units = seen[0], seen[len(seen) // 2], len(seen) - 1
+        now_s = seen[-1][0]
+        if units < LEAST_UNITS or (units < ENOUGH_UNITS and now_s - begin_s < ENOUGH_S):
+            return False
+        self.left_s += (total - done) * (now_s - half_s) / (done - half)
+        return True
 
 
 def representative(loop: LayerLoop) -> tuple[int, float]:
@@ -117,6 +137,11 @@ def _files(loop: LayerLoop, index: int) -> tuple[int, float]:
         if name == "first":
             loop.store.save("copy", values, [])
     return nbytes, time.perf_counter() - begin_s
+
+
+def _learned_bytes(loop: LayerLoop) -> int:
+    names = [chosen.name for chosen, _ in loop.passes if chosen.learn is not None]
+    return sum((loop.store.folder / f"{name}.safetensors").stat().st_size for name in names)
 
 
 def _since(begin_s: float, device: torch.device) -> float:

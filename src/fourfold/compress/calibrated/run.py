@@ -14,6 +14,7 @@ from fourfold.compress.calibrated.store import LayerStore
 from fourfold.compress.calibration import SELF_WRITTEN, Calibration, CalibrationSet, SelfWritten
 from fourfold.compress.kv_calibration import scales
 from fourfold.compress.model import Model
+from fourfold.compress.pipeline import Tell
 from fourfold.compress.recipe import Recipe
 
 SEQUENCES_PER_PIECE = 32
@@ -21,6 +22,9 @@ TOKENS = "token_ids"
 
 WritingProgress = Callable[[int, int], None]
 """Called as ``progress(done, samples)``."""
+
+LearningProgress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)``."""
 
 Spread = Callable[[LayerLoop, LayerProgress | None], None]
 """Finishes the layers of a loop in other processes, into its store."""
@@ -45,6 +49,7 @@ def finish_layers(
     layer_progress: LayerProgress | None = None,
     writing_progress: WritingProgress | None = None,
     spread: Spread | None = None,
+    learning_progress: LearningProgress | None = None,
 ) -> Finished:
     """``rounded`` with the tensors of ``recipe``'s passes over ``prepared`` in the place of its own.
 
@@ -57,6 +62,8 @@ def finish_layers(
     with memory_kept(), memory_told(device):
         tokens = settle(calibration, store, writing_progress)
         loop = LayerLoop(prepared, recipe, tokens, store, device)
+        if learning_progress is not None:
+            loop.tell = _telling(learning_progress)
         if spread is not None:
             spread(loop, layer_progress)
         made = loop.run(layer_progress)
@@ -65,6 +72,14 @@ def finish_layers(
     entries = {name: replace(rounded.entries[name], load=load) for name, load in made.items()}
     record = tokens.record() | loop.expert_record()
     return Finished(rounded.with_entries(entries), loop.notes, record, store.remove)
+
+
+def _telling(progress: LearningProgress) -> Tell:
+    def tell(what: str, done: int, total: int) -> bool:
+        progress(what, done, total)
+        return False
+
+    return tell
 
 
 def settle(

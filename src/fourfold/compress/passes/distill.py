@@ -19,6 +19,7 @@ what does not fit there are ``gptq`` and ``autoround``.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pydantic import Field
@@ -31,7 +32,7 @@ from fourfold.compress.calibrated.whole import WholeModel, divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.passes.rtn import check_finite
-from fourfold.compress.pipeline import Change, Pass
+from fourfold.compress.pipeline import Change, Pass, Tell, silent
 from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.records import Record
 from fourfold.formats import BlockTensor
@@ -105,7 +106,7 @@ class Student:
 
 
 def learn(
-    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change, tell: Tell = silent
 ) -> dict[str, torch.Tensor]:
     """Per weight its final ``.blocks``, ``.scales`` and a ``.total`` that tells which weight they are for.
 
@@ -113,7 +114,7 @@ def learn(
     GPU's memory is not enough.
     """
     try:
-        return _learn(skeleton, calibration, options, change)
+        return _learn(skeleton, calibration, options, change, tell)
     except torch.OutOfMemoryError as error:
         raise FourfoldError(
             f"The GPU ran out of memory while 'distill' trained on {options.micro} sequences of "
@@ -123,12 +124,13 @@ def learn(
 
 
 def _learn(
-    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change, tell: Tell
 ) -> dict[str, torch.Tensor]:
     train_ids, held = split(calibration, options)
     base, model = WholeModel(skeleton), WholeModel(skeleton)
     if options.own:
-        own = continue_together(base, train_ids, options.own, options.seed)
+        enough = partial(tell, "writing text for distill")
+        own = continue_together(base, train_ids, options.own, options.seed, enough=enough)
         train_ids = torch.cat([train_ids, own])
     change(model)
     totals = {name + TOTAL: total(model.linears[name].weight) for name in model.schemes}
@@ -139,6 +141,8 @@ def _learn(
     best = student.snapshot()
     first = least = float("inf")
     for step in range(options.steps + 1):
+        if tell("training for distill", step, options.steps):
+            break
         student.latents.write()
         if step % REFRESH_STEPS == 0 or step in check_at:
             student.refresh()

@@ -41,7 +41,7 @@ from fourfold.compress.calibrated.whole import divergence_of
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Entry, Model
-from fourfold.compress.pipeline import Change, Pass
+from fourfold.compress.pipeline import Change, Pass, Tell, silent
 from fourfold.compress.rotated import note_online, rotated_model, turn_weight
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
@@ -85,7 +85,7 @@ def _untrained(name: str) -> torch.Tensor:
 
 
 def learn(
-    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change
+    skeleton: Skeleton, calibration: CalibrationSet, options: Options, change: Change, tell: Tell = silent
 ) -> dict[str, torch.Tensor]:
     """Per rotated module its ``.input_rotation``, per layer and source of a group its ``.smoothing``.
 
@@ -94,7 +94,8 @@ def learn(
     train, held = split(calibration.token_ids, options.holdout)
     check_memory(skeleton, options.micro * train.shape[1], available_bytes(skeleton.device))
     try:
-        return _train(TrainedTransform(skeleton, train, smoothing=options.smoothing), train, held, options)
+        transform = TrainedTransform(skeleton, train, smoothing=options.smoothing)
+        return _train(transform, train, held, options, tell)
     except torch.OutOfMemoryError as error:
         raise FourfoldError(
             f"The GPU ran out of memory while rotations were trained on {options.micro} sequences of "
@@ -110,13 +111,15 @@ def split(token_ids: torch.Tensor, holdout: float) -> tuple[torch.Tensor, torch.
 
 
 def _train(
-    transform: TrainedTransform, train: torch.Tensor, held: torch.Tensor, options: Options
+    transform: TrainedTransform, train: torch.Tensor, held: torch.Tensor, options: Options, tell: Tell
 ) -> dict[str, torch.Tensor]:
     optimizer = _optimizer(transform, options)
     generator = torch.Generator().manual_seed(options.seed)
     check_at = {round(k * options.steps / options.checks) for k in range(options.checks + 1)}
     best, losses, left = {}, [], []
     for step in range(options.steps + 1):
+        if tell("training for kl-rotation", step, options.steps):
+            break
         if step in check_at:
             losses.append(divergence(transform, held, options.micro))
             if losses[-1] == min(losses):
