@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_helpers import projections, quantize_folder
 from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
 from fourfold.checkpoint.convert import convert
@@ -107,6 +108,20 @@ def test_a_shape_against_the_configuration_is_found(copy):
     change_config(copy, lambda config: config | {"vocab_size": 300})
     problems = verify(copy).problems
     assert len(problems) == 2 and "[256, 64], but config.json asks for [300, 64]" in problems[0]
+
+
+def test_layers_of_several_shapes_are_no_problem(tmp_path):
+    sizes = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 64,
+        "sliding_window": 8,
+    }
+    small = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 256, "num_kv_shared_layers": 0}
+    folder = build_tiny_model(tmp_path / "model", "gemma4_text", **sizes, **small)
+    stored = load_file(folder / "model.safetensors")
+    first, second = (stored[f"model.layers.{layer}.self_attn.k_proj.weight"] for layer in (0, 1))
+    assert first.shape != second.shape
+    assert verify(folder).passed
 
 
 def test_missing_layers_are_found(copy):

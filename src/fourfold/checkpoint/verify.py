@@ -25,6 +25,8 @@ from fourfold.formats import BlockTensor, get_format
 E8M0_NAN = 0xFF
 E4M3_NAN = 0x7F
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# where a configuration says one of these, its layers are of several shapes, or of other projections
+UNLIKE_LAYERS = ("kv_lora_rank", "per_layer_config", "global_head_dim", "num_attention_heads_per_layer")
 COMPUTED_WITH = (".weight", ".bias", "_proj", "_proj_bias")
 
 
@@ -136,7 +138,7 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
         return value if isinstance(value, int) else default
 
     hidden, heads = number("hidden_size"), number("num_attention_heads")
-    if hidden is None or heads is None or "kv_lora_rank" in config:
+    if hidden is None or heads is None or any(config.get(key) for key in UNLIKE_LAYERS):
         return {}
     head = number("head_dim", hidden // max(1, heads)) or 0
     queries, keys = heads * head, (number("num_key_value_heads", heads) or 0) * head
