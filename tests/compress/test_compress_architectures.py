@@ -142,7 +142,9 @@ def test_the_decoder_of_a_multimodal_model_is_found_under_its_names(tmp_path, mo
 
 
 def test_what_cannot_be_repeated_is_refused_with_the_reason(tmp_path):
-    """gemma4 hands each layer embeddings of the tokens; falcon_h1 computes a buffer outside the module."""
+    """gemma4 hands each layer embeddings of the tokens; falcon_h1 computes a buffer outside the module;
+    glm_moe_dsa hands the tokens that a layer attends to on to the next.
+    """
     sliding = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
     per_layer = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32, "global_head_dim": 32}
     build_tiny_model(tmp_path / "gemma4", "gemma4_text", num_kv_shared_layers=0, **per_layer, **sliding)
@@ -152,6 +154,9 @@ def test_what_cannot_be_repeated_is_refused_with_the_reason(tmp_path):
     build_tiny_model(tmp_path / "falcon", "falcon_h1", mamba_n_groups=1, **mamba)
     with pytest.raises(FourfoldError, match=r"mamba\.mup_vector in a way that Fourfold cannot repeat"):
         skeleton_of(tmp_path / "falcon").materialise(0)
+    build_tiny_model(tmp_path / "glm", "glm_moe_dsa", **ARCHITECTURES["deepseek_v3"])
+    with pytest.raises(FourfoldError, match="takes more from its layers than hidden states"):
+        skeleton_of(tmp_path / "glm").enter([TOKENS])
 
 
 def test_a_model_of_no_known_type_and_a_tensor_that_is_missing_are_refused(models):

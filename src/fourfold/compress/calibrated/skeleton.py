@@ -84,7 +84,13 @@ class Skeleton:
         for token_ids in batches:
             seen: list[tuple[torch.Tensor, Call]] = []
             setattr(outside, self._leaf, nn.ModuleList(Catcher(layer, seen) for layer in self.layers))
-            outside(input_ids=token_ids.to(self.device), use_cache=False)
+            try:
+                outside(input_ids=token_ids.to(self.device), use_cache=False)
+            except (TypeError, ValueError) as error:
+                raise FourfoldError(
+                    f"{type(self.net).__name__} takes more from its layers than hidden states ({error}). Use "
+                    "a recipe without calibration (mxfp4)."
+                ) from error
             inputs.append(seen[0][0])
             handed = [call for _, call in seen]
             if not alike(calls.setdefault(len(token_ids), handed)[0], handed[0]):
