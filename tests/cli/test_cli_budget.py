@@ -26,6 +26,11 @@ def test_a_dry_run_shows_and_draws_the_frontier(fourfold, tiny_llama, words, tmp
     assert record.samples == 4 and record.sequence_tokens == 32
     page = (tmp_path / "out-frontier.html").read_text()
     assert f'<data value="{point.predicted_kl}">' in page and "http-equiv" in page
+    order = list(record.groups[0].predicted_kl)  # by size
+    assert order[:2] == ["mxfp4", "mxfp6-e2m3"] and order[-1] == "kept"
+    for groups in (point.groups for point in record.points):
+        assert list(groups) == [form for form in order if form in groups]
+    assert page.index('"n">mxfp6-e2m3<') < page.index('"n">kept<')
     assert not out.exists() and not (tmp_path / "out-recipe.yaml").exists()
 
 
@@ -35,7 +40,7 @@ def test_a_run_writes_what_was_chosen_and_resumes_with_it(fourfold, tiny_llama, 
     assert outcome.code == 0, outcome.err
     record = QuantizationRecord.model_validate_json(file.read_text())
     assert record.frontier is not None and record.recipe == "mxfp4 within 5bits"
-    assert verify(out).passed
+    assert verify(out).passed and "out-recipe.yaml, a recipe" in outcome.out.replace("\n", "")
     first = read_manifest(out)
     again = tmp_path / "again"  # as a run that was killed before its first layer
     (tmp_path / "again-recipe.yaml").write_text((tmp_path / "out-recipe.yaml").read_text())

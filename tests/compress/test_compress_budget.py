@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from compress_models import build_moe, tensor_bytes
@@ -106,6 +107,20 @@ def test_the_frontier_falls():
     assert len(points) > 5
     for before, after in itertools.pairwise(points):
         assert after.nbytes > before.nbytes and after.cost < before.cost
+
+
+def test_the_solver_says_nothing(capfd):
+    """These groups make HiGHS print a line of debugging."""
+    draw = np.random.default_rng(1)
+    groups = []
+    for index in range(20):
+        size, cost = int(draw.choice([65536, 131072, 98304, 393216])), 10 ** draw.normal(-3, 1)
+        shares = [1.0, *(share * draw.lognormal(0, 0.3) for share in (0.06, 0.05, 0.045)), 0.0]
+        nbytes = [size * 17 // 32, size * 25 // 32, size * 33 // 32, size + 512, 2 * size]
+        costs = dict(zip("abcde", (cost * share for share in shares), strict=True))
+        groups.append(Group((f"m{index}",), size, dict(zip("abcde", nbytes, strict=True)), costs))
+    frontier(groups)
+    assert capfd.readouterr().out == ""
 
 
 def test_too_small_a_size_is_refused():

@@ -74,6 +74,7 @@ def write_recipe(recipe: "Recipe", out: Path, chosen_for: dict[str, str]) -> Non
     import json
 
     import yaml
+    from rich.markup import escape
 
     from fourfold.core.durable import write_file, writing
 
@@ -82,6 +83,7 @@ def write_recipe(recipe: "Recipe", out: Path, chosen_for: dict[str, str]) -> Non
     with writing(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_file(path, f"{CHOSEN_FOR}{json.dumps(chosen_for)}\n{text}")
+    stdout.print(f"Each layer's format is in {escape(str(path))}, a recipe.", soft_wrap=True)
 
 
 def resumed_recipe(out: Path, chosen_for: dict[str, str]) -> "Recipe | None":

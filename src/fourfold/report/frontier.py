@@ -24,6 +24,7 @@ def write_frontier(record: Frontier, page: Path) -> None:
         .render(
             record=record,
             formats=formats_of(record),
+            taken=[f for f in formats_of(record) if f in record.points[record.chosen].groups],
             rows=table(record),
             data=Markup(embed(frontier_data(record))),
             script=Markup(asset("frontier.js")),
@@ -34,9 +35,10 @@ def write_frontier(record: Frontier, page: Path) -> None:
 
 
 def formats_of(record: Frontier) -> list[str]:
-    """Every format that some point uses, the smallest first."""
-    seen = (form for point in record.points for form in point.groups)
-    return list(dict.fromkeys(seen))
+    """Every format that some point uses, the smallest first, as groups list them."""
+    used = {form for point in record.points for form in point.groups}
+    groups = sorted(record.groups, key=lambda group: -len(group.predicted_kl))
+    return list(dict.fromkeys(f for g in groups for f in g.predicted_kl if f in used))
 
 
 def frontier_data(record: Frontier) -> dict[str, Any]:

@@ -4,7 +4,13 @@ Minimise the summed cost over groups subject to the summed size, with one format
 to the cost (scipy's milp, HiGHS). A group is what serving kernels fuse, so that its members share a format.
 """
 
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -17,7 +23,9 @@ RELATIVE_GAP = 1e-4  # far below the noise of the costs
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that share a format: for each candidate its size in bytes and its predicted KL."""
+    """Modules that share a format: for each candidate, the smallest first, its size in bytes and its
+    predicted KL.
+    """
 
     modules: tuple[str, ...]
     numel: int
@@ -91,16 +99,17 @@ def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: floa
     one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     # HiGHS compares with absolute tolerances, so both sides are brought to the size of one
     unit, scale = least.max() or 1.0, limit or most.max() or 1.0
-    solution = milp(
-        least / unit,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(most[None] / scale, ub=limit / scale),
-        ],
-        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 60},
-    )
+    with _silent():
+        solution = milp(
+            least / unit,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(most[None] / scale, ub=limit / scale),
+            ],
+            options={"mip_rel_gap": RELATIVE_GAP, "time_limit": 60},
+        )
     if solution.x is None:
         raise FourfoldError(f"No mixture of formats was found within the budget ({solution.message}).")
     taken = np.flatnonzero(solution.x > 0.5)
@@ -111,3 +120,22 @@ def _solve(groups: list[Group], least: np.ndarray, most: np.ndarray, limit: floa
         sum(g.nbytes[f] for g, f in zip(groups, formats, strict=True)),
         sum(g.cost[f] for g, f in zip(groups, formats, strict=True)),
     )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing that C code prints is seen: HiGHS has a line of debugging that no option stops
+    (https://github.com/jump-dev/HiGHS.jl/issues/312).
+    """
+    c = ctypes.CDLL(None)
+    sys.stdout.flush()
+    c.fflush(None)
+    kept = os.dup(1)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        c.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

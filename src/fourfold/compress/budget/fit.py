@@ -174,7 +174,8 @@ def _groups(model: Model, dialect: Dialect, recipe: Recipe, schemes: Schemes, co
         sizes = [stored_bytes(dialect, info, forms) for info in infos]
         nbytes = {form: sum(size[form] for size in sizes) for form in forms}
         nbytes[KEPT] = sum(_kept_bytes(info, recipe) for info in infos)
-        cost = {form: sum(costs[m][form] for m in modules) for form in forms} | {KEPT: 0.0}
+        nbytes = dict(sorted(nbytes.items(), key=lambda item: item[1]))
+        cost = {f: 0.0 if f == KEPT else sum(costs[m][f] for m in modules) for f in nbytes}
         groups.append(Group(modules, sum(info.numel for info in infos), nbytes, cost))
     return groups
 
@@ -224,11 +225,13 @@ def _range(groups: list[Group], rest: int) -> str:
 
 
 def _point(groups: list[Group], choice: Choice, rest: int) -> FrontierPoint:
+    counts = Counter(choice.formats)
+    by_size = dict.fromkeys(f for g in sorted(groups, key=lambda g: -len(g.nbytes)) for f in g.nbytes)
     return FrontierPoint(
         bits=8 * choice.nbytes / numel(groups),
         size_bytes=choice.nbytes + rest,
         predicted_kl=choice.cost,
-        groups=dict(sorted(Counter(choice.formats).items())),
+        groups={form: counts[form] for form in by_size if form in counts},
     )
 
 

@@ -7,6 +7,9 @@
   const DARK = ["#56b4e9", "#f0a35e", "#3fcf9f", "#e39ccb", "#e6d94f", "#b4c0ce"];
   const chart = echarts.init(document.getElementById("frontier"), null, { renderer: "svg" });
 
+  // zeros of a small number would not fit beside the axis
+  const short = (value) => (value < 0.001 ? value.toExponential(0) : String(value));
+
   function tip(index) {
     const point = data.points[index];
     const box = document.createElement("div");
@@ -53,7 +56,7 @@
           Object.assign({ gridIndex: grid, type: "value", name: grid ? "bits a weight" : "", nameGap: 30 }, range, title, lines),
         ),
         yAxis: [
-          Object.assign({ gridIndex: 0, type: "log", name: "predicted KL (nats a token)", nameGap: 58 }, title, lines),
+          Object.assign({ gridIndex: 0, type: "log", name: "predicted KL (nats a token)", nameGap: 58 }, title, lines, { axisLabel: { ...label, formatter: short } }),
           Object.assign({ gridIndex: 1, type: "value", name: "groups", nameGap: 40, minInterval: 1 }, title, lines),
         ],
         series: [
