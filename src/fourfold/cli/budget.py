@@ -110,6 +110,12 @@ def resumed_recipe(out: Path, chosen_for: dict[str, str]) -> "Recipe | None":
     return load_recipe(path)
 
 
+def show_choice(record: "Frontier", out: Path) -> None:
+    """Print the frontier, and draw it beside ``out``."""
+    show_frontier(record)
+    write_plot(record, out)
+
+
 def show_frontier(record: "Frontier") -> None:
     """Print the frontier for a person."""
     from rich.markup import escape

@@ -67,15 +67,18 @@ def quantize(
     """
     with importing():
         import fourfold.compress  # noqa: F401 -- and torch
+        from fourfold.cli.budget import fit, show_choice
         from fourfold.cli.calibration import Asked
         from fourfold.cli.output import check_json_path, write_json
         from fourfold.cli.plan_table import show_plan
+        from fourfold.compress import load_recipe
 
     check_json_path(json)
     asked = Asked(calibration, samples, sequence_tokens, seed)
     job = Job(source, out, recipe, dialect, asked, device, workers, resume, budget)
     if dry_run and budget is not None:
-        _, record = choose_within(job, budget, *measured_by(job))
+        _, record = fit(job.source, load_recipe(job.recipe), dialect, budget, *measured_by(job))
+        show_choice(record, job.out)
     elif dry_run:
         record = predict(job)
         show_plan(record)
@@ -110,20 +113,6 @@ def measured_by(job: Job) -> "tuple[Calibration, str]":
     return measured_on(job.source, job.calibration, device), device
 
 
-def choose_within(
-    job: Job, budget: str, calibration: "Calibration", device: str
-) -> "tuple[Recipe, Frontier]":
-    """The job's recipe with formats chosen for ``budget``; the frontier is shown and drawn beside OUT."""
-    from fourfold.cli.budget import fit, show_frontier, write_plot
-    from fourfold.compress import load_recipe
-
-    recipe = load_recipe(job.recipe)
-    recipe, record = fit(job.source, recipe, job.dialect, budget, calibration, device)
-    show_frontier(record)
-    write_plot(record, job.out)
-    return recipe, record
-
-
 def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
     """The job's recipe, within its budget if it has one, and the frontier unless an interrupted run chose.
 
@@ -132,7 +121,7 @@ def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
     """
     from fourfold.checkpoint.journal import refuse_interrupted
     from fourfold.checkpoint.writer import partial_folder, refuse_existing
-    from fourfold.cli.budget import choice_fingerprint, resumed_recipe, write_recipe
+    from fourfold.cli.budget import choice_fingerprint, fit, resumed_recipe, show_choice, write_recipe
     from fourfold.compress import load_recipe
 
     recipe = load_recipe(job.recipe)
@@ -145,8 +134,9 @@ def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
     if job.resume and (kept := resumed_recipe(job.out, chosen_for)) is not None:
         return kept, None
     refuse_existing(job.out)
-    recipe, frontier = choose_within(job, job.budget, calibration, device)
-    write_recipe(recipe, job.out, chosen_for)
+    recipe, frontier = fit(job.source, recipe, job.dialect, job.budget, calibration, device)
+    write_recipe(recipe, job.out, chosen_for)  # before anything else can fail: it may have taken hours
+    show_choice(frontier, job.out)
     return recipe, frontier
 
 
