@@ -181,7 +181,7 @@ def test_layers_that_transformers_does_not_build_are_rounded_to_nearest_and_told
     recipe = Recipe(name="test", rules=[{"weight": "mxfp4"}], passes=["gptq"])
     manifest = quantize(folder, tmp_path / "out", recipe, calibration=CalibrationSet(TOKENS, "random", 3))
     (note,) = manifest.card.notes
-    assert note.startswith("3 linear layers are in no decoder layer")
+    assert note.startswith("3 weights are in no linear layer of the decoder")
     written = open_checkpoint(tmp_path / "out").load("model.layers.2.mlp.up_proj.weight")
     nearest = get_format("mxfp4").quantize(extra["model.layers.2.mlp.up_proj.weight"])
     assert torch.equal(written.blocks, nearest.blocks)

@@ -18,7 +18,9 @@ from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.model import Entry, Model
 from fourfold.compress.passes import gptq
 from fourfold.compress.resolve import resolve
+from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import Quantization
+from fourfold.formats import BlockTensor, get_format
 
 MOE = [name for name, changes in ARCHITECTURES.items() if any("experts" in key for key in changes)]
 TOKENS = torch.randint(2, 250, (4, 32), generator=torch.Generator().manual_seed(5))
@@ -111,6 +113,20 @@ def test_gptq_rounds_every_expert_and_transformers_computes_with_the_result(mode
         (plain / "config.json").write_bytes((source / "config.json").read_bytes())
         errors[folder.name] = (logits(plain, TOKENS) - logits(source, TOKENS)).square().mean().item()
     assert 0 < errors["out"] < errors["nearest"]
+
+
+def test_a_router_that_a_recipe_rounds_is_rounded_to_nearest_and_told(models, tmp_path):
+    """transformers multiplies with it, but not in a linear layer that passes could work on."""
+    source, name = models("qwen3_moe"), "model.layers.1.mlp.gate"
+    manifest = quantize(source, tmp_path / "out", recipe("gptq", keep_default=False), calibration=CALIBRATION)
+    assert "3 weights are in no linear layer" in manifest.card.notes[0] and name in manifest.card.notes[0]
+    written = open_checkpoint(tmp_path / "out").load(f"{name}.weight")
+    assert isinstance(written, BlockTensor)
+    nearest = get_format("mxfp4").quantize(read_all(source)[f"{name}.weight"])
+    assert torch.equal(written.blocks, nearest.blocks)
+    turned = recipe("block-rotation", "gptq", keep_default=False)
+    with pytest.raises(FourfoldError, match=r"gate is to be rotated.*'model\.layers\.\*\.mlp\.gate'"):
+        quantize(source, tmp_path / "turned", turned, calibration=CALIBRATION)
 
 
 def test_matrices_of_many_experts_are_held_in_portions(models, tmp_path, monkeypatch):

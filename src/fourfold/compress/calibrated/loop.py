@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fourfold.checkpoint.dialect import module_of
 from fourfold.checkpoint.kv_scales import SCALED
 from fourfold.compress.calibrated.experts import SeparateExperts
 from fourfold.compress.calibrated.linear import CalibratedLinear
@@ -33,6 +34,7 @@ from fourfold.compress.model import Model, Value, plain
 from fourfold.compress.passes.rtn import check_finite, round_to_nearest
 from fourfold.compress.pipeline import Change, Pass, Tell, get_pass, options_of, silent
 from fourfold.compress.recipe import Recipe
+from fourfold.compress.resolve import every_such
 from fourfold.core.errors import FourfoldError
 from fourfold.core.records import Record
 
@@ -285,7 +287,10 @@ class LayerLoop:
             info = self.model.entries[source.stored].info
             assert info.dtype is not None, "quantized sources were refused"
             shape = info.shape if source.piece is None else source.piece.shape
-            found[source.name] = parameter.detach().to("cpu", info.dtype).view(shape)
+            value = parameter.detach().to("cpu", info.dtype).view(shape)
+            scheme = self.model.quantization.layer(module_of(source.name))
+            # a router, which transformers holds in no linear layer
+            found[source.name] = value if scheme is None else round_to_nearest(source.name, value, scheme)
         for name, linear in work.linears.items():
             scheme = work.schemes.get(name)
             if scheme is not None and scheme.input_transform == "trained" and linear.rotation is not None:
@@ -314,23 +319,24 @@ class LayerLoop:
         return {k: v for k, v in {"expert_tokens": tokens, "starved_experts": starved}.items() if v}
 
     def _left_out(self) -> list[str]:
-        """A note on rounded weights that no layer of transformers' decoder holds, such as those of
-        multi-token prediction. Raises FourfoldError when they were to be rotated.
+        """A note on rounded weights that no linear layer of transformers' decoder holds, such as those of
+        routers and of multi-token prediction. Raises FourfoldError when they were to be rotated.
         """
-        held = self.skeleton.names.held(self.skeleton.layers_name)
+        held = self.skeleton.linear_weights()
         layers = self.model.quantization.layers
         names = [name for name in layers if f"{name}.weight" not in held]
         for name in names:
             if layers[name].input_transform is not None:
                 raise FourfoldError(
-                    f"{name} is to be rotated, but transformers builds no layer that holds it, so nothing "
-                    f"can run it. Add a `keep` entry '{name}' to the recipe."
+                    f"{name} is to be rotated, but transformers builds no linear layer that holds it, so "
+                    f"nothing can run it. Add a `keep` entry '{every_such(name)}' to the recipe."
                 )
         if not names:
             return []
+        more = ", …" if len(names) > 3 else ""
         return [
-            f"{len(names)} linear layers are in no decoder layer that transformers builds, and were rounded "
-            f"to nearest without calibration: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}."
+            f"{len(names)} weights are in no linear layer of the decoder that transformers builds, and were "
+            f"rounded to nearest without calibration: {', '.join(names[:3])}{more}."
         ]
 
     def _stored_dtypes(self, index: int, module: nn.Module) -> dict[str, torch.dtype]:

@@ -75,6 +75,17 @@ class Skeleton:
             if isinstance(module, CalibratedLinear)
         }
 
+    def linear_weights(self) -> set[str]:
+        """The checkpoint's names of what decoder layers hold, without matrices that are no linear layer's:
+        transformers multiplies with a router's as with a parameter.
+        """
+        found = self.names.held(self.layers_name)
+        for name, parameter in self.layers.named_parameters():
+            inside, owner = f"{self.layers_name}.{name}", self.layers.get_submodule(name.rpartition(".")[0])
+            if parameter.ndim == 2 and type(owner) is not nn.Linear and inside in self.names:
+                found.discard(self.names[inside].name)
+        return found
+
     @torch.no_grad()
     def enter(self, batches: Iterable[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, list[Call]]]:
         """Token ids [B, T] -> the first layer's inputs [B, T, H], and by B what else each layer is handed."""
