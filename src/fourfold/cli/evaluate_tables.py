@@ -44,7 +44,8 @@ def show_scores(record: ScoresRecord) -> None:
     table = _table("score", "value", "questions")
     for score in record.scores:
         table.add_row(escape(score.name), estimate_text(score.value, 4), str(score.questions))
-    stdout.print(table)
+    if record.scores:
+        stdout.print(table)
     failed = [a for a in record.attempts if not a.passed]
     if record.attempts:
         stdout.print(f"{len(record.attempts) - len(failed)} of {len(record.attempts)} answers passed.")
@@ -52,7 +53,7 @@ def show_scores(record: ScoresRecord) -> None:
         stdout.print(f"Note: {escape(note)}", soft_wrap=True)
     for result in record.gates:
         estimate = next(score.value for score in record.scores if score.name == result.metric)
-        stdout.print(_verdict(result, estimate), soft_wrap=True)
+        stdout.print(_verdict(result, estimate, "more questions"), soft_wrap=True)
 
 
 def _table(first: str, *others: str) -> Table:
@@ -168,6 +169,7 @@ def _remarks(record: EvaluationRecord) -> str:
         ]
     if overall.tail_loss is not None:
         lines += ["Rarest tenth: mean loss on the tokens that are rarest in the texts, nats per token."]
+    lines += [f"Computed: {escape(record.computed)}."] if record.computed else []
     return "\n".join([*lines, *(f"Note: {escape(note)}" for note in sorted(notes))])
 
 
@@ -177,11 +179,11 @@ def _measured(quality: TextQuality, metric: str) -> Estimate:
     return estimate_of(quality, metric)
 
 
-def _verdict(result: GateResult, estimate: Estimate) -> str:
+def _verdict(result: GateResult, estimate: Estimate, more: str = "more text") -> str:
     """One line for a gate: kept or not, and whether the interval leaves doubt."""
     word = "[green]kept[/green]" if result.passed else "[red]not kept[/red]"
     doubt = (
-        " (the interval contains the limit: more text could turn this)"
+        f" (the interval contains the limit: {more} could turn this)"
         if estimate.low <= result.limit <= estimate.high
         else ""
     )

@@ -178,6 +178,7 @@ class EvaluationRecord(Record):
     max_tokens_per_text: int | None = Field(default=None, description="None: texts were read whole")
     positions: list[PositionLoss] = Field(default=[], description="by context, of the task longcontext")
     layers: LayerPicture | None = None
+    computed: str = Field(default="", description="which way the model was: the arithmetic, and what by")
     machine: Machine
 
 

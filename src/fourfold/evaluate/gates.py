@@ -34,7 +34,8 @@ class Gate:
             if score.name == self.metric:
                 return self.compare(score.value.value, score.higher_is_better)
         raise UsageError(
-            f"Gate '{self.metric}': the task has no such score. It has: {', '.join(s.name for s in scores)}."
+            f"Gate '{self.metric}': the task has no such score with an interval. "
+            f"It has: {', '.join(s.name for s in scores) or 'none'}."
         )
 
     def compare(self, value: float, at_least: bool) -> GateResult:

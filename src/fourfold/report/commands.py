@@ -10,6 +10,8 @@ REPEATED = {
     "temperature": "--temperature",
     "max_tokens": "--max-tokens",
     "seed": "--seed",
+    "kv_cache": "--kv-cache",
+    "arithmetic": "--arithmetic",
 }
 
 
@@ -24,6 +26,7 @@ def evaluate_command(record: EvaluationRecord) -> str:
     words += [word for gate in record.gates for word in ("--gate", f"{gate.metric}={gate.limit:g}")]
     words += ["--layers"] if record.layers else []
     words += ["--kv-cache", record.model.kv_cache_format] if record.model.kv_cache_format else []
+    words += ["--arithmetic", "exact"] if record.computed.startswith("exact") else []
     words += ["--window-tokens", str(record.window_tokens)]
     return shlex.join([*words, "--max-tokens-per-text", str(record.max_tokens_per_text or 0)])
 

@@ -118,7 +118,8 @@ def explain(error: Exception, tasks: list[str], options: ServedOptions) -> str:
     if options.tokenizer is None:
         remedy = "Tasks that score given text need --tokenizer FOLDER, the model's own."
     else:
-        remedy = "See that the task's data can be loaded here, and that the server answers echo and logprobs."
+        remedy = f"See that the tokenizer '{options.tokenizer}' and the task's data can be loaded here, and "
+        remedy += "that the server answers echo and logprobs."
     return f"lm-eval failed at {', '.join(tasks)} ({type(error).__name__}: {said}). {remedy}"
 
 
