@@ -112,6 +112,15 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path, chosen):
         quantize(model, tmp_path / "out", recipe_of(chosen), calibration=tokens())
 
 
+@pytest.mark.parametrize("chosen", ["gptq", "distill"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"])
+def test_what_is_kept_and_not_a_number_is_named_too(tmp_path, chosen, name):
+    model = build_model(tmp_path / "model", num_hidden_layers=1)
+    change_tensor(model, name, lambda w: w.index_fill(0, torch.tensor([2]), torch.nan))
+    with pytest.raises(FourfoldError, match=f"{name} holds NaN"):
+        quantize(model, tmp_path / "out", recipe_of(chosen), calibration=tokens())
+
+
 def rounding_of(weight: str, seed: int = 0, reach: float = 0.5) -> LearnedRounding:
     generator = torch.Generator().manual_seed(seed)
     linear = CalibratedLinear(64, 8, bias=False)

@@ -140,6 +140,14 @@ def test_a_step_that_leads_astray_is_not_kept(model):
     assert all(torch.equal(learned[name], value) for name, value in untrained.items() if ".norm" not in name)
 
 
+def test_a_model_that_computes_no_numbers_is_told_before_the_first_step(model):
+    def overflow(whole: WholeModel) -> None:
+        whole.layers[0].get_submodule("mlp.down_proj").bias = torch.nn.Parameter(torch.tensor(torch.inf))
+
+    with pytest.raises(FourfoldError, match=r"is nan before 'distill'"):
+        distill.learn(skeleton_of(model, "distill"), tokens(), distill.Options(steps=1), overflow)
+
+
 def test_what_is_learned_is_what_is_written_twice_over(model, tmp_path):
     options = {"steps": 30, "norm_lr": 0.02, "lr": 1e-3, "holdout": 0.5, "sequences": 6}
     recipe = recipe_of({"distill": options}, activation="mxfp8-e4m3")
@@ -173,7 +181,9 @@ def test_a_weight_that_another_pass_changed_is_refused(model, tmp_path):
 def test_only_rotations_may_come_before():
     check_recipe(recipe_of("block-rotation", "distill"))
     check_recipe(recipe_of("kl-rotation", "distill"))
-    with pytest.raises(UsageError, match=r"'smoothquant' before 'distill'.*block-rotation may come before"):
+    with pytest.raises(
+        UsageError, match=r"'smoothquant' before 'distill'.*block-rotation, .* may come"
+    ):
         check_recipe(recipe_of("smoothquant", "distill"))
 
 

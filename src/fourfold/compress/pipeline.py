@@ -205,10 +205,11 @@ def _check_before(recipe: Recipe, names: list[str]) -> None:
         allowed = get_pass(name).only_after
         refused = [before for before in names[:place] if allowed is not None and before not in allowed]
         if refused:
+            others = f"; {', '.join(allowed)} may come before it" if allowed else ""
             raise UsageError(
                 f"{_who(recipe)} puts the pass '{refused[0]}' before '{name}', which learns on the weights "
                 "as they are in the checkpoint and would not know of the change. Remove one of the two"
-                f"{''.join(f'; {other} may come before it' for other in allowed or ())}."
+                f"{others}."
             )
 
 

@@ -75,13 +75,17 @@ class Names:
         return {source.name for name, source in self._table.items() if name.startswith(f"{inside}.")}
 
     def values(self, parameters: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        """Each parameter with its tensor, in the order of the checkpoint, reading each stored tensor once."""
+        """Each parameter with its tensor, in the order of the checkpoint, reading each stored tensor once.
+
+        Raises FourfoldError that names a tensor with NaN or Inf, whether the recipe rounds it or keeps it.
+        """
         stored, value = None, None
         for parameter in sorted(parameters, key=lambda p: self[p].order):
             source = self[parameter]
             if source.stored != stored:
                 value = None  # let go of the last one before the next is read
                 stored, value = source.stored, self.model[source.stored]
+                check_numbers(stored, value)
             assert value is not None
             yield parameter, source.take(value)
 
@@ -95,6 +99,19 @@ class Names:
             whole = found.setdefault(source.stored, torch.empty(info.shape, dtype=info.dtype))
             source.piece.put(plain(whole), plain(found.pop(name)))
         return found
+
+
+def check_numbers(name: str, value: Value) -> None:
+    """Raise FourfoldError when the tensor ``name``, which calibration computes with, holds NaN or Inf."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return
+    low, high = value.aminmax()
+    # NaN spreads to both
+    if not (low.isfinite() and high.isfinite()):
+        raise FourfoldError(
+            f"{name} holds NaN or Inf, so that nothing that the model computes tells how to round. The "
+            "source is damaged or the model diverged: fetch it again."
+        )
 
 
 def renaming(net: nn.Module) -> Callable[[str], str]:

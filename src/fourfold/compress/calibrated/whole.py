@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fourfold.compress.calibrated.linear import CalibratedLinear
+from fourfold.compress.calibrated.names import check_numbers
 from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.model import plain
 from fourfold.core.errors import FourfoldError
@@ -95,7 +96,9 @@ def _head_weight(skeleton: Skeleton, net: nn.Module, head: nn.Module) -> torch.T
 
 
 def _stored(skeleton: Skeleton, name: str) -> torch.Tensor:
-    return plain(skeleton.model[name], torch.float32).to(skeleton.device)
+    value = skeleton.model[name]
+    check_numbers(name, value)
+    return plain(value, torch.float32).to(skeleton.device)
 
 
 def _name_of(net: nn.Module, module: nn.Module) -> str:

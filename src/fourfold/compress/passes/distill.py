@@ -149,6 +149,11 @@ def _learn(
         if step in check_at:
             loss = divergence(base, model, held, options.micro)
             first = loss if step == 0 else first
+            if not math.isfinite(first):
+                raise FourfoldError(
+                    f"The rounded model's divergence from the original is {first} before 'distill' takes a "
+                    "step: one of the two computes no finite numbers. `fourfold evaluate` the original."
+                )
             if loss < least:
                 least, best = loss, student.snapshot()
         if step < options.steps:
