@@ -110,6 +110,11 @@ def test_verify_tells_a_changed_byte(fourfold, tiny_llama, tmp_path):
     assert "model.safetensors" in outcome.out + outcome.err
 
 
+def test_verify_says_when_there_is_nothing_to_compare_with(fourfold, tiny_llama):
+    outcome = fourfold("verify", tiny_llama)
+    assert outcome.code == 0 and "with no hashes to compare with" in outcome.out
+
+
 def test_formats_of_a_model(fourfold, tiny_llama, tmp_path):
     outcome = fourfold("formats", tiny_llama, "--max-tensors", 3, "--json", tmp_path / "f.json")
     assert outcome.code == 0

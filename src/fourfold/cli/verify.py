@@ -28,12 +28,12 @@ def verify(
         f"{report.files_hashed} files compared with the hashes in the manifest, {report.tensors_compared} "
         "tensors with what was in memory when they were written"
         if report.files_hashed or report.tensors_compared
-        else "not written by Fourfold, so there are no hashes to compare with"
+        else "with no hashes to compare with"
     )
     verdict = "[green]whole[/green]" if report.passed else f"[red]{len(report.problems)} problem(s)[/red]"
     stdout.print(
         f"{escape(str(folder))}: {verdict}; {report.tensors} tensors, {report.quantized_tensors} quantized, "
-        f"{bytes_text(report.size_bytes)}, dialect {report.dialect}, "
+        f"{bytes_text(report.size_bytes)}, dialect {report.dialect or 'unknown'}, "
         f"{compared}",
         soft_wrap=True,
     )
