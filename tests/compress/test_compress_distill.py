@@ -181,9 +181,7 @@ def test_a_weight_that_another_pass_changed_is_refused(model, tmp_path):
 def test_only_rotations_may_come_before():
     check_recipe(recipe_of("block-rotation", "distill"))
     check_recipe(recipe_of("kl-rotation", "distill"))
-    with pytest.raises(
-        UsageError, match=r"'smoothquant' before 'distill'.*block-rotation, .* may come"
-    ):
+    with pytest.raises(UsageError, match=r"'smoothquant' before 'distill'.*block-rotation, .* may come"):
         check_recipe(recipe_of("smoothquant", "distill"))
 
 
