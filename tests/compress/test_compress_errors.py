@@ -57,6 +57,22 @@ def test_a_weight_that_is_not_finite_is_named(llama, tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["mxfp4", "bf16"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_a_kept_weight_that_is_not_finite_is_named_as_well(llama, tmp_path, name, recipe):
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[7] = float("nan")
+        return tensor
+
+    change_tensor(llama, name, spoil)
+    module = name.removesuffix(".weight")
+    with pytest.raises(FourfoldError, match=f"{name} holds NaN or Inf.*`keep` entry '{module}'"):
+        quantize(llama, tmp_path / "out", recipe)
+    wanted = load_recipe(recipe).model_copy(update={"keep": [module]})
+    quantize(llama, tmp_path / "meant", wanted)
+    assert load_file(tmp_path / "meant" / "model.safetensors")[name].isnan().any()
+
+
 def test_a_dtype_that_is_not_rounded_from(llama):
     change_tensor(llama, UP, lambda tensor: tensor.to(torch.float8_e4m3fn))
     with pytest.raises(FourfoldError, match=f"{UP} is stored as float8_e4m3fn.*bf16 first"):

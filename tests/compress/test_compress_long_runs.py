@@ -179,8 +179,10 @@ def test_a_disk_that_fills_under_a_layer(tiny_llama, tmp_path):
     assert contents(out) == contents(tmp_path / "whole" / "out")
 
 
+@pytest.mark.parametrize("keep", [[], ["model.layers.1.*"]])
 @pytest.mark.parametrize("name", ["mlp.up_proj.weight", "input_layernorm.weight"])
-def test_a_weight_that_is_not_finite_is_named_and_the_layers_before_it_are_kept(tmp_path, name):
+def test_a_weight_that_is_not_finite_is_named_and_the_layers_before_it_are_kept(tmp_path, name, keep):
+    """A `keep` entry does not help a run that computes with it."""
     source, full = build_tiny_model(tmp_path / "source"), f"model.layers.1.{name}"
 
     def spoil(tensor):
@@ -188,8 +190,9 @@ def test_a_weight_that_is_not_finite_is_named_and_the_layers_before_it_are_kept(
         return tensor
 
     change_tensor(source, full, spoil)
+    recipe = GPTQ.model_copy(update={"keep": keep})
     with pytest.raises(FourfoldError, match=f"{full} holds NaN or Inf"):
-        run(source, tmp_path / "out")
+        run(source, tmp_path / "out", recipe=recipe)
     assert (tmp_path / "out.partial" / "layers" / "layer-00000.json").is_file()
 
 

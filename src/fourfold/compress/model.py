@@ -85,6 +85,12 @@ def plain(value: Value, dtype: torch.dtype | None = None) -> torch.Tensor:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` of floats holds neither NaN nor Inf."""
+    low, high = tensor.aminmax()  # NaN spreads to both, so one pass finds all
+    return bool(low.isfinite() and high.isfinite())
+
+
 def retyped(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     """``info`` after ``plain(..., dtype)``."""
     if info.dtype is not None and (dtype is None or not info.dtype.is_floating_point):

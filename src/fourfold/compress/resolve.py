@@ -14,7 +14,7 @@ from fourfold.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from fourfold.checkpoint.checkpoint import no_tokenizer
 from fourfold.checkpoint.dialect import module_of
 from fourfold.compress.experts import parse_fused, unfuse, unknown_layout
-from fourfold.compress.model import Entry, FusedReader, Model, plain, retyped
+from fourfold.compress.model import Entry, FusedReader, Model, Value, is_finite, plain, retyped
 from fourfold.compress.names import check_orientation, kept_reason, looks_stacked, not_linear
 from fourfold.compress.recipe import Recipe, first_match
 from fourfold.core.errors import FourfoldError, UsageError
@@ -56,7 +56,8 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
         if reason is None:
             layers[module_of(name)] = _scheme(name, entry.info, recipe, checkpoint)
         else:
-            entry, kept[name] = _cast(entry, recipe, checkpoint.dialect), reason
+            kept[name] = reason
+            entry = _cast(_checked(name, entry, recipe), recipe, checkpoint.dialect)
         entries[name] = entry
     if not entries:
         raise FourfoldError(f"{checkpoint.source} holds no tensors. Fetch its weights again.")
@@ -146,6 +147,23 @@ def _scheme(name: str, info: TensorInfo, recipe: Recipe, checkpoint: Checkpoint)
 def every_such(name: str) -> str:
     """The glob of a weight's module in every layer, and of every expert, which have the same shapes."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", module_of(name))
+
+
+def _checked(name: str, entry: Entry, recipe: Recipe) -> Entry:
+    """``entry``, which is kept, refused when it is read and not finite, unless the recipe names it itself."""
+    if entry.info.dtype not in ROUNDED_DTYPES or first_match(recipe.keep, module_of(name)):
+        return entry
+
+    def load() -> Value:
+        value = entry.load()
+        if isinstance(value, torch.Tensor) and value.numel() and not is_finite(value):
+            raise FourfoldError(
+                f"{name} holds NaN or Inf. The source is damaged or the model diverged: fetch it again, or, "
+                f"if it is to be so, add a `keep` entry '{module_of(name)}' to the recipe."
+            )
+        return value
+
+    return replace(entry, load=load)
 
 
 def _cast(entry: Entry, recipe: Recipe, dialect: str) -> Entry:

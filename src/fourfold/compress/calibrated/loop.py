@@ -31,7 +31,7 @@ from fourfold.compress.calibrated.work import HIDDEN_DTYPE, LayerWork
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.kv_calibration import KVObserver
 from fourfold.compress.model import Model, Value, plain
-from fourfold.compress.passes.rtn import check_finite, round_to_nearest
+from fourfold.compress.passes.rtn import round_to_nearest
 from fourfold.compress.pipeline import Change, Pass, Tell, get_pass, options_of, silent
 from fourfold.compress.recipe import Recipe
 from fourfold.compress.resolve import every_such
@@ -232,10 +232,7 @@ class LayerLoop:
 
     def begin(self, index: int) -> LayerWork:
         """Layer ``index`` with its original weights. Raises FourfoldError naming one that is not finite."""
-        module = self.skeleton.materialise(index)
-        for name, parameter in self.skeleton.parameters(index, module).items():
-            check_finite(name, parameter)
-        return self._work(index, module)
+        return self._work(index, self.skeleton.materialise(index))
 
     def _work(self, index: int, module: nn.Module) -> LayerWork:
         linears = self.skeleton.logical_linears(index, module)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fourfold.compress.calibrated.experts import parameters_apart
 from fourfold.compress.experts import Piece, parse_fused, unfuse
-from fourfold.compress.model import Model, Value, plain
+from fourfold.compress.model import Model, Value, is_finite, plain
 from fourfold.core.errors import FourfoldError
 
 EXPERT_LEAF = re.compile(r"(\.experts\.\d+\.)(w1|w2|w3)\.")
@@ -105,9 +105,7 @@ def check_numbers(name: str, value: Value) -> None:
     """Raise FourfoldError when the tensor ``name``, which calibration computes with, holds NaN or Inf."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
         return
-    low, high = value.aminmax()
-    # NaN spreads to both
-    if not (low.isfinite() and high.isfinite()):
+    if not is_finite(value):
         raise FourfoldError(
             f"{name} holds NaN or Inf, so that nothing that the model computes tells how to round. The "
             "source is damaged or the model diverged: fetch it again."

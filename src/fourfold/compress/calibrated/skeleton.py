@@ -63,10 +63,6 @@ class Skeleton:
         calibrate_linears(layer)
         return self._fill(layer, self.inside(index))
 
-    def parameters(self, index: int, layer: nn.Module) -> dict[str, torch.Tensor]:
-        """The parameters of ``layer`` by the names of a checkpoint whose experts are separate."""
-        return {self.names[self.inside(index) + n].name: p for n, p in layer.named_parameters()}
-
     def logical_linears(self, index: int, layer: nn.Module) -> dict[str, CalibratedLinear]:
         """The linear layers of ``layer`` by their module names in the checkpoint."""
         return {

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from fourfold.checkpoint.dialect import module_of
-from fourfold.compress.model import Entry, Model, formatted
+from fourfold.compress.model import Entry, Model, formatted, is_finite
 from fourfold.compress.pipeline import Pass
 from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
@@ -43,9 +43,7 @@ def round_to_nearest(name: str, weight: torch.Tensor, scheme: LayerScheme) -> Bl
 
 def check_finite(name: str, weight: torch.Tensor) -> None:
     """Raise FourfoldError that names the weight when it holds NaN or Inf."""
-    low, high = weight.aminmax()
-    # NaN spreads to both, so one pass finds all that is not finite
-    if not (low.isfinite() and high.isfinite()):
+    if not is_finite(weight):
         raise FourfoldError(
             f"{name} holds NaN or Inf, which would spoil every value that shares its scale. The source is "
             f"damaged or the model diverged: fetch it again, or add a `keep` entry '{module_of(name)}' to "
