@@ -1,6 +1,7 @@
 """Mixed precision within a budget: groups, costs, the choice, and checkpoints of several formats."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -223,6 +224,18 @@ def test_experts_of_a_layer_share_a_format_and_a_glob(tmp_path):
     for group in record.groups:
         formats = {made.info(f"{module}.weight").format for module in group.modules}
         assert formats == {None if group.format == "kept" else group.format}
+
+
+def test_names_that_part_what_kernels_fuse_are_told(tmp_path):
+    source = build_tiny_model(tmp_path / "m")
+    rules = [{"modules": ["*.q_proj"], "weight": "mxfp8-e4m3"}, {"weight": "mxfp4"}]
+    recipe = Recipe.model_validate({"name": "by-hand", "rules": rules, "passes": ["rtn"]})
+    (note,) = quantize(source, tmp_path / "a", recipe).card.notes
+    assert re.match(
+        r"model\.layers\.0\.self_attn\.k_proj, .* several formats, and 1 more such group\\.", note
+    )
+    whole = recipe.model_copy(update={"keep": ["model.layers.0.*", "*.down_proj", "*.[qkv]_proj"]})
+    assert not quantize(source, tmp_path / "b", whole).card.notes
 
 
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])

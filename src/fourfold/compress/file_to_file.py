@@ -10,9 +10,12 @@ from pydantic import ValidationError
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
+from fourfold.checkpoint.dialect import module_of
 from fourfold.checkpoint.fingerprint import short_hash, source_fingerprint
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
+from fourfold.compress.budget.groups import unlike
 from fourfold.compress.calibration import Calibration
+from fourfold.compress.experts import notes_for_readers
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes, takes_calibration
 from fourfold.compress.recipe import Recipe, load_recipe
@@ -91,16 +94,18 @@ def quantize(
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
+    modules = [module_of(name) for name in model.entries if name.endswith(".weight")]
+    told = [*checkpoint.notes, *unlike(modules, model.quantization.layers)]
     if calibration is None or not takes_calibration(recipe):
         write_shards(writer, model, progress)
-        return finish(notes=[*checkpoint.notes, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
+        return finish(notes=[*told, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
     # so that recipes without calibration never import transformers
     from fourfold.compress.calibrated.run import finish_layers
 
     seen = (layer_progress, writing_progress, spread, learning_progress)
     done = finish_layers(writer, prepared, model, recipe, calibration, torch.device(device), *seen)
     write_shards(writer, done.model, progress)
-    notes = list(dict.fromkeys([*checkpoint.notes, *done.notes]))
+    notes = list(dict.fromkeys([*told, *done.notes]))
     return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
 
 

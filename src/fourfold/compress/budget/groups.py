@@ -8,7 +8,9 @@ vLLM.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from fourfold.core.quantization import LayerScheme
 
 FUSED: tuple[frozenset[str], ...] = (
     frozenset({"q_proj", "k_proj", "v_proj"}),
@@ -18,6 +20,7 @@ FUSED: tuple[frozenset[str], ...] = (
     frozenset({"in_proj_qkv", "in_proj_z"}),
     frozenset({"in_proj_a", "in_proj_b"}),
 )
+SHOWN = 3  # names of a group; experts are hundreds
 EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
@@ -27,6 +30,21 @@ def fused_groups(modules: Iterable[str]) -> list[tuple[str, ...]]:
     for module in sorted(modules, key=_natural):
         groups.setdefault(_key(module), []).append(module)
     return [tuple(members) for members in groups.values()]
+
+
+def unlike(modules: Iterable[str], layers: Mapping[str, LayerScheme]) -> list[str]:
+    """A note on ``modules`` that kernels fuse and whose schemes in ``layers`` differ, if there are any."""
+    groups = fused_groups(modules)
+    mixed = [group for group in groups if any(layers.get(m) != layers.get(group[0]) for m in group)]
+    if not mixed:
+        return []
+    first, count = mixed[0], len(mixed)
+    named = ", ".join(first[:SHOWN]) + (", …" if len(first) > SHOWN else "")
+    others = f", and {count - 1} more such group{'s' if count > 2 else ''}" if count > 1 else ""
+    return [
+        f"{named} have several formats{others}. vLLM and SGLang compute them as one and refuse that; a rule "
+        "that matches all of them gives them one."
+    ]
 
 
 def experts_of(module: str) -> str | None:
