@@ -12,7 +12,7 @@ from the other tensor of the same experts, then from the model type. What stays 
 guess.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,17 @@ def is_transposed(name: str, fused: Fused, shapes: Mapping[str, Shape], config: 
     raise unknown_layout(
         name, shapes[name], f"which of its dimensions is the input (hidden_size is {hidden})"
     )
+
+
+def notes_for_readers(config: dict[str, Any], modules: Iterable[str]) -> list[str]:
+    """What must be known of rounded ``modules`` whose experts not every reader looks for one by one."""
+    model_type = text_config(config).get("model_type")
+    if model_type not in INTERLEAVED_TYPES or not any(".experts." in module for module in modules):
+        return []
+    return [
+        f"The experts of {model_type} lie here one by one (gate_proj, up_proj, down_proj), as llm-compressor "
+        "stores them. Of them transformers finds none and only warns, and Quark looks for gate_up_proj."
+    ]
 
 
 def unknown_layout(name: str, shape: Shape, what: str) -> FourfoldError:
