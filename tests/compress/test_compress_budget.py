@@ -231,9 +231,8 @@ def test_names_that_part_what_kernels_fuse_are_told(tmp_path):
     rules = [{"modules": ["*.q_proj"], "weight": "mxfp8-e4m3"}, {"weight": "mxfp4"}]
     recipe = Recipe.model_validate({"name": "by-hand", "rules": rules, "passes": ["rtn"]})
     (note,) = quantize(source, tmp_path / "a", recipe).card.notes
-    assert re.match(
-        r"model\.layers\.0\.self_attn\.k_proj, .* several formats, and 1 more such group\\.", note
-    )
+    assert note.startswith("model.layers.0.self_attn.k_proj, ")
+    assert "have several formats, and 1 more such group." in note
     whole = recipe.model_copy(update={"keep": ["model.layers.0.*", "*.down_proj", "*.[qkv]_proj"]})
     assert not quantize(source, tmp_path / "b", whole).card.notes
 
