@@ -51,6 +51,14 @@ def test_exactly_the_linear_layers_are_rounded(moe, model_type):
     assert reasons["lm_head.weight"] == "outside the decoder layers"
 
 
+def test_the_card_says_who_does_not_read_experts_one_by_one(moe, tmp_path):
+    (note,) = quantize(moe["gpt_oss"], tmp_path / "apart").card.notes
+    assert "transformers finds none" in note
+    kept = load_recipe("mxfp4").model_copy(update={"keep": ["*.experts.*"]})
+    assert quantize(moe["gpt_oss"], tmp_path / "together", kept).card.notes == []
+    assert quantize(moe["qwen3_moe"], tmp_path / "qwen").card.notes == []
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
 def test_the_layout_in_memory_gives_the_weights_of_the_layout_on_the_hub(moe, tmp_path, model_type):
     fused = fuse_as_transformers(moe[model_type], tmp_path / "fused")

@@ -96,6 +96,7 @@ def quantize(
     )
     modules = [module_of(name) for name in model.entries if name.endswith(".weight")]
     told = [*checkpoint.notes, *unlike(modules, model.quantization.layers)]
+    told += notes_for_readers(model.config, model.quantization.layers)
     if calibration is None or not takes_calibration(recipe):
         write_shards(writer, model, progress)
         return finish(notes=[*told, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
