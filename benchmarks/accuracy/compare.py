@@ -73,7 +73,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-tokens", type=int, default=512)
     parser.add_argument("--windows-per-text", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (options.recipe or options.checkpoint) and not options.texts:
+        parser.error("--recipe and --checkpoint are judged on --texts")
+    if options.recipe and not options.calibration:
+        parser.error("--recipe needs --calibration")
+    return options
 
 
 class Bench:
@@ -135,6 +140,8 @@ class Bench:
 def windows(ids: torch.Tensor, most: int) -> torch.Tensor:
     """At most ``most`` windows at equal distances, [n, WINDOW_TOKENS]."""
     count = len(ids) // WINDOW_TOKENS
+    if count == 0:
+        raise SystemExit(f"A text has {len(ids)} tokens, fewer than a window of {WINDOW_TOKENS}.")
     wanted = min(count, most)
     starts = [i * count // wanted * WINDOW_TOKENS for i in range(wanted)]
     return torch.stack([ids[s : s + WINDOW_TOKENS] for s in starts])

@@ -5,7 +5,8 @@ python benchmarks/accuracy/kv_cache.py MODEL --calibration TEXT --text HELDOUT [
 Weights stay as they are. FP8 scales are calibrated on the first sequences of TEXT, with transformers'
 modules. Of each text one window is read from its beginning, by Fourfold's engine, with an unquantized cache
 and then with each format. KL(unquantized || quantized) and the difference in loss are paired by token.
-Intervals: 95 %, Student, over windows.
+Intervals: 95 %, Student, over windows. Asserted: every text holds a whole window, and of the first one the
+engine's loss with the unquantized cache is that of transformers.
 """
 
 import argparse
@@ -29,6 +30,7 @@ CALIBRATED: tuple[KVCacheFormat, ...] = ("fp8", "fp8-head")
 UNCALIBRATED = ("fp8 (scale 1)", "mxfp8-e4m3", "mxfp4")
 EDGES = (0, 256, 512, 1024, 2048)
 SLICE = 256
+FURTHEST = 0.01  # nats per token between bf16 here and float32 there
 
 
 def main() -> None:
@@ -112,19 +114,34 @@ def measure(engines: dict[str, Engine], options: argparse.Namespace) -> dict[str
     samples: dict[str, list[np.ndarray]] = {name: [] for name in engines if name != "none"}
     for path in options.text:
         ids = engines["none"].encode(path.read_text())[: options.window_tokens]
+        assert len(ids) == options.window_tokens, f"{path} has {len(ids)} tokens, fewer than a window"
         base = torch.from_numpy(engines["none"].logits(ids))
+        if path == options.text[0]:
+            check(base, ids, options.model)
         for name, own in samples.items():
             begin = time.perf_counter()
             own.append(differences(base, torch.from_numpy(engines[name].logits(ids)), ids))
             seconds = time.perf_counter() - begin
             print(path.name, len(ids), name, own[-1].mean(1), f"{seconds:.1f} s", flush=True)
-    ranges = {f"{a} to {b}": slice(a, b) for a, b in pairwise(EDGES)} | {"all": slice(None)}
+    edges = [edge for edge in EDGES if edge < options.window_tokens] + [options.window_tokens]
+    ranges = {f"{a} to {b}": slice(a, b) for a, b in pairwise(edges)} | {"all": slice(None)}
     return {
         name: {
             key: [interval([w[i, part].mean() for w in own]) for i in (0, 1)] for key, part in ranges.items()
         }
         for name, own in samples.items()
     }
+
+
+def check(logits: torch.Tensor, ids: list[int], model: Path) -> None:
+    """The engine's loss on ``ids`` [T] with ``logits`` [T, V] is that of transformers in float32."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.tensor(ids)
+    with torch.no_grad():
+        other = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens[None]).logits[0]
+    ours, theirs = (float(torch.nn.functional.cross_entropy(x[:-1], tokens[1:])) for x in (logits, other))
+    assert abs(ours - theirs) < FURTHEST, f"loss {ours:.4f} here, {theirs:.4f} in transformers"
 
 
 def differences(base: torch.Tensor, other: torch.Tensor, ids: list[int]) -> np.ndarray:
@@ -139,7 +156,9 @@ def differences(base: torch.Tensor, other: torch.Tensor, ids: list[int]) -> np.n
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half width."""
+    """Mean and half width; one window has no interval."""
+    if len(values) < 2:
+        return f"{np.mean(values):.5f}"
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.5f} +- {half:.5f}"
 
