@@ -76,6 +76,14 @@ def test_a_choice_made_for_something_else_is_refused(fourfold, tiny_llama, words
     assert outcome.code == 2 and "exists already" in outcome.err and "best mixtures" not in outcome.out
 
 
+def test_what_was_measured_is_kept_when_the_page_cannot_be_drawn(fourfold, tiny_llama, words, tmp_path):
+    (tmp_path / "out-frontier.html").mkdir()
+    outcome = fourfold("quantize", tiny_llama, tmp_path / "out", "--budget", "5bits", *words)
+    assert outcome.code == 1 and "out-frontier.html" in outcome.err
+    outcome = fourfold("quantize", tiny_llama, tmp_path / "out", "--budget", "5bits", "--resume", *words)
+    assert outcome.code == 0 and "best mixtures" not in outcome.out
+
+
 @pytest.mark.parametrize("budget, said", [("4bits", "cannot be kept"), ("some", "not understood")])
 def test_budgets_that_make_no_sense_are_refused(fourfold, tiny_llama, words, tmp_path, budget, said):
     outcome = fourfold("quantize", tiny_llama, tmp_path / "out", "--budget", budget, *words)

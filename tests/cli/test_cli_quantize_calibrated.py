@@ -74,6 +74,25 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert (drawn[:3] - logits[0, :3].exp()).abs().max() < 0.03
 
 
+def test_a_tokenizer_of_another_model_is_noticed(fourfold, recipe, tmp_path):
+    source, text = build_tiny_model(tmp_path / "source", vocab_size=70), tmp_path / "text.txt"
+    text.write_text("xyz" * 100)
+    outcome = fourfold(
+        "quantize",
+        source,
+        tmp_path / "out",
+        "--recipe",
+        recipe,
+        "--calibration",
+        text,
+        "--samples",
+        2,
+        "--sequence-tokens",
+        8,
+    )
+    assert outcome.code == 2 and "embeddings for 70 only" in outcome.err
+
+
 def test_what_makes_no_sense_is_refused_before_the_work(fourfold, tiny_llama, recipe, tmp_path):
     text, long = tmp_path / "text.txt", tmp_path / "long.txt"
     text.write_text("short")

@@ -97,9 +97,17 @@ def choose_calibration(model: str, asked: Asked, device: str) -> "Calibration":
     positions = checkpoint.config.get("max_position_embeddings")
     if isinstance(positions, int) and sequence_tokens > positions:
         raise UsageError(
-            f"--sequence-tokens {sequence_tokens} is more than the {positions} positions of {model}."
+            f"--sequence-tokens {sequence_tokens} is more than the {positions} positions of {model}. Give "
+            "that many or fewer."
         )
     if source is not None:
-        return read_calibration(source, Tokenizer.load(checkpoint), samples, sequence_tokens, seed)
+        found = read_calibration(source, Tokenizer.load(checkpoint), samples, sequence_tokens, seed)
+        vocabulary, highest = checkpoint.config.get("vocab_size"), int(found.token_ids.max())
+        if isinstance(vocabulary, int) and highest >= vocabulary:
+            raise UsageError(
+                f"The tokenizer of {model} makes the token {highest} of the calibration text, but the model "
+                f"has embeddings for {vocabulary} only. Put the tokenizer that it was trained with there."
+            )
+        return found
     write = author_for(model, samples, sequence_tokens, seed, device)
     return SelfWritten(samples, sequence_tokens, seed, write)

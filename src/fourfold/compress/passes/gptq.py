@@ -287,7 +287,7 @@ def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
         raise FourfoldError(
             f"The calibration inputs of {name} are not finite, or too large to be squared in float32, so "
             "that GPTQ cannot weigh its columns. Check that the original model gives finite outputs on this "
-            "calibration text, or add a `keep` entry for this layer to the recipe and resume (--resume)."
+            f"calibration text, or add a `keep` entry '{name}' to the recipe and start anew."
         )
     return total / statistics.tokens
 
