@@ -1,12 +1,11 @@
 """Mixed precision within a budget: groups, costs, the choice, and checkpoints of several formats."""
 
 import itertools
-import re
 
 import numpy as np
 import pytest
 import torch
-from compress_models import build_moe, tensor_bytes
+from compress_models import build_moe, change_tensor, tensor_bytes
 from layer_at_work import build_model, tokens
 from tiny_models import build_tiny_model
 
@@ -25,7 +24,7 @@ from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.model import plain
 from fourfold.compress.resolve import open_source, resolve
-from fourfold.core.errors import UsageError
+from fourfold.core.errors import FourfoldError, UsageError
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import BlockTensor, get_format
 
@@ -173,6 +172,13 @@ def test_the_predicted_kl_is_near_the_measured(tmp_path):
             measured = float((wanted.exp() * (wanted - found)).sum(-1).mean())
             assert predicted == pytest.approx(measured, rel=0.5)
     assert costs[name]["mxfp4"] > 4 * costs[name]["mxfp6-e2m3"]
+
+
+def test_a_model_that_overflows_is_told(tmp_path):
+    source = build_tiny_model(tmp_path / "m")
+    change_tensor(source, "lm_head.weight", lambda weight: weight * 1e38)
+    with pytest.raises(FourfoldError, match="logits that are not finite"):
+        fit_budget(source, "mxfp4", "compressed-tensors", "5bits", tokens(count=1))
 
 
 @pytest.mark.parametrize("dialect", ["compressed-tensors", "quark"])

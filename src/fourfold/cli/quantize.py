@@ -45,8 +45,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="4.5bits|1.2GB|kl=0.05",
-            help="Choose each layer's format by measurement: mean bits of a rounded weight, size of the "
-            "checkpoint, or largest predicted KL. With --dry-run only the frontier is shown.",
+            help="Choose each layer's format by measurement: mean bits of a rounded weight, size of all "
+            "tensors, or largest predicted KL. With --dry-run only the frontier is shown.",
         ),
     ] = None,
     workers: Annotated[

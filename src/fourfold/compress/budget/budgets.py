@@ -17,8 +17,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Budget:
-    """``value`` is the mean bits of a weight that is rounded, scales included; the bytes of the whole
-    checkpoint; or the largest predicted KL in nats a token.
+    """``value`` is the mean bits of a weight that is rounded, scales included; the bytes of all
+    tensors; or the largest predicted KL in nats a token.
     """
 
     kind: Literal["bits", "bytes", "kl"]
@@ -39,7 +39,7 @@ def parse_budget(text: str) -> Budget:
     if found is None or not 0 < found.value < float("inf"):
         raise UsageError(
             f"The budget '{text}' is not understood. Give the mean bits of a rounded weight, scales included "
-            "(4.5bits), the size of the whole checkpoint (1.2GB, 800MiB), or the largest predicted KL from "
+            "(4.5bits), the size of all tensors (1.2GB, 800MiB), or the largest predicted KL from "
             "the original in nats a token (kl=0.05)."
         )
     return found

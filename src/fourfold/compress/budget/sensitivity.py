@@ -22,6 +22,7 @@ from fourfold.compress.calibrated.skeleton import Skeleton
 from fourfold.compress.calibrated.whole import WholeModel
 from fourfold.compress.calibration import CalibrationSet
 from fourfold.compress.passes.rtn import check_finite
+from fourfold.core.errors import FourfoldError
 from fourfold.core.quantization import LayerScheme
 from fourfold.formats import get_format
 
@@ -37,7 +38,7 @@ def sensitivities(
 ) -> Costs:
     """What each of its ``candidates`` costs each module that transformers has as a linear layer.
 
-    Raises FourfoldError for weights that are not finite.
+    Raises FourfoldError for weights and logits that are not finite.
     """
     model = WholeModel(skeleton)
     changes = {name: _changes(model, name, candidates[name]) for name in model.schemes if name in candidates}
@@ -61,8 +62,16 @@ def sensitivities(
 
 
 def log_likelihood(model: WholeModel, sequence: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """The summed log-likelihood of labels that the model draws for each position of ``sequence`` [T]."""
+    """The summed log-likelihood of labels that the model draws for each position of ``sequence`` [T].
+
+    Raises FourfoldError for logits that are not finite.
+    """
     log_p = torch.log_softmax(model(sequence[None])[0], -1)
+    if log_p.isnan().any():
+        raise FourfoldError(
+            "The original model gives logits that are not finite on this calibration text, so that nothing "
+            "tells what its formats cost. `fourfold evaluate` it, or use another text."
+        )
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
     return log_p.gather(1, labels).sum()
 
