@@ -32,6 +32,12 @@ def test_a_file_is_read(tmp_path):
     assert recipe.rule_for("model.layers.0.self_attn.q_proj") is None
 
 
+def test_a_pass_with_a_colon_and_no_options_has_none(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nrules:\n  - weight: mxfp4\npasses:\n  - awq\n  - gptq:\n")
+    assert load_recipe(path).uses == [("awq", {}), ("gptq", {})]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -66,7 +66,7 @@ class Recipe(Record):
         description="what calibrated passes see: the outputs of the quantized layers before, whose errors "
         "they can make up for; or those of the original ones, so that several workers can share the layers",
     )
-    passes: list[str | dict[str, dict[str, Any]]] = Field(
+    passes: list[str | dict[str, dict[str, Any] | None]] = Field(
         [], description="names, or a name with its options: `gptq: {damping: 0.05}`"
     )
 
@@ -85,8 +85,8 @@ class Recipe(Record):
         return {rule.weight for rule in self.rules if rule.weight is not None}
 
 
-def _uses(entry: str | dict[str, dict[str, Any]]) -> list[PassUse]:
-    return [PassUse(entry, {})] if isinstance(entry, str) else [PassUse(n, o) for n, o in entry.items()]
+def _uses(entry: str | dict[str, dict[str, Any] | None]) -> list[PassUse]:
+    return [PassUse(entry, {})] if isinstance(entry, str) else [PassUse(n, o or {}) for n, o in entry.items()]
 
 
 def first_match(patterns: Sequence[str], module: str) -> str | None:
