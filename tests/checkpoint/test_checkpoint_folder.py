@@ -100,7 +100,9 @@ def test_a_missing_config_is_refused(folder):
 
 def test_a_broken_manifest_is_refused(folder):
     (folder / "fourfold.json").write_text('{"kind": "something"}')
-    assert "fourfold.json cannot be understood" in refused(folder)
+    assert "fourfold.json cannot be understood (Input should be 'fourfold.checkpoint/1')" in refused(folder)
+    (folder / "fourfold.json").write_text('{"kind": "fourf')
+    assert "fourfold.json cannot be understood (Invalid JSON: EOF" in refused(folder)
 
 
 def test_a_missing_shard_is_named(sharded):

@@ -83,10 +83,11 @@ def manifest_of(folder: Path) -> Manifest | None:
     """The manifest, or None. Raises FourfoldError for one that cannot be understood."""
     try:
         return read_manifest(folder)
-    except (pydantic.ValidationError, ValueError) as error:
+    except ValueError as error:
+        why = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else str(error)
         raise FourfoldError(
-            f"{folder / MANIFEST_NAME} cannot be understood ({short(str(error).splitlines()[0])}). It was "
-            "changed by hand, or written by a newer Fourfold: update, or remove the file to read the folder "
+            f"{folder / MANIFEST_NAME} cannot be understood ({short(why)}). It was damaged, changed by hand, "
+            "or written by a newer Fourfold: copy it again, update, or remove the file to read the folder "
             "without it."
         ) from error
 
