@@ -111,7 +111,8 @@ def within(measured: Measured, budget: Budget) -> tuple[Recipe, Frontier]:
     groups, rest = measured.groups, measured.rest
     chosen, choices = _with_frontier(groups, _choose(groups, budget, rest))
     if set(chosen.formats) == {KEPT}:
-        raise UsageError(f"Nothing needs to be rounded for the budget {budget.text}. {_range(groups, rest)}")
+        why = "can be rounded within" if budget.kind == "kl" else "needs to be rounded for"
+        raise UsageError(f"Nothing {why} the budget {budget.text}. {_range(groups, rest)}")
     formats = {m: f for g, f in zip(groups, chosen.formats, strict=True) for m in g.modules}
     schemes = {m: measured.schemes[m].get(f) for m, f in formats.items()}
     samples, length = measured.calibration.token_ids.shape

@@ -4,7 +4,8 @@
 
 so that outliers move from activations, which are rounded hard as they come, into weights (Xiao et al.,
 arXiv:2211.10438). The scales are folded into the norm before, as there, and also into ``v_proj`` and
-``up_proj``.
+``up_proj``. Unlike there they are divided by their geometric mean, so that norms keep their size, and held
+within a factor of a thousand of it.
 
 ``alpha`` is the share of the difficulty that weights take over: 0.5 is the paper's for most models, 0.75 to
 0.9 for those with large outliers. There is no search and no look at formats: where activations are not
