@@ -166,6 +166,12 @@ def test_verify_needs_a_folder(tmp_path):
         verify(tmp_path / "nothing")
 
 
+def test_an_unfinished_run_is_told_as_such(tiny_llama, tmp_path):
+    quantize_folder(tiny_llama, tmp_path / "out", "quark", projections(), stop_after=0)
+    with pytest.raises(UsageError, match=r"out\.partial belongs to a run that has not finished.*--resume"):
+        verify(tmp_path / "out.partial")
+
+
 def test_there_and_back_changes_no_byte_of_a_tensor(tiny_llama, tmp_path):
     scheme = projections("mxfp4", "mxfp8-e4m3")
     first = quantize_folder(tiny_llama, tmp_path / "ct", "compressed-tensors", scheme, kv_cache="fp8")

@@ -14,6 +14,7 @@ from fourfold.checkpoint.checkpoint import Checkpoint
 from fourfold.checkpoint.dialect import get_dialect, kept_linears
 from fourfold.checkpoint.digests import DIGESTS_NAME, digest, read_digests
 from fourfold.checkpoint.folder import CONFIG, read_model_config
+from fourfold.checkpoint.journal import JOURNAL
 from fourfold.checkpoint.kv_scales import kv_scale_problems
 from fourfold.checkpoint.sources import QUANTIZATION_CONFIG, manifest_of, open_folder
 from fourfold.core.durable import sha256_of
@@ -46,9 +47,14 @@ class VerifyReport(Record):
 
 
 def verify(folder: Path) -> VerifyReport:
-    """Check a checkpoint folder. Raises UsageError only when ``folder`` is no folder."""
+    """Check a checkpoint folder. Raises UsageError only when ``folder`` is none, or an unfinished run's."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder. Name a checkpoint's folder.")
+    if (folder / JOURNAL).is_file():
+        raise UsageError(
+            f"{folder} belongs to a run that has not finished. Give its command again with --resume, and "
+            "verify what it makes."
+        )
     problems: list[str] = []
     hashed = 0
     digests: dict[str, str] = {}
