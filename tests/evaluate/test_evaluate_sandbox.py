@@ -122,6 +122,13 @@ def test_new_processes_are_refused(attempt):
     assert not verdict.passed and "Error" in verdict.reason
 
 
+def test_threads_are_no_processes():
+    """Whoever runs it: a limit on processes would count them, except for root."""
+    needs("new processes")
+    threads = "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()"
+    assert ended(threads).passed
+
+
 def test_files_outside_cannot_be_written_changed_or_removed(tmp_path):
     needs("files")
     victim = tmp_path / "victim.txt"

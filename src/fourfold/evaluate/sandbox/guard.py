@@ -64,6 +64,8 @@ def main() -> None:
     limit(job["limits"])
     if sys.platform == "linux":
         walls += [wall for wall in forbid() if wall not in walls]
+    if not cannot_fork():  # no filter here; this limit counts threads too, and does not bind root
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if cannot_fork():
         walls.append("no new processes")
     write(report, {"isolation": walls})
@@ -188,7 +190,6 @@ def limit(limits: dict) -> None:
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_FSIZE: limits["disk_bytes"],
         resource.RLIMIT_NOFILE: limits["open_files"],
-        resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,
     }
     for kind, value in wanted.items():
@@ -198,8 +199,8 @@ def limit(limits: dict) -> None:
 
 
 def forbid() -> list[str]:
-    """A system call filter, see SYSCALLS: threads yes, processes no (RLIMIT_NPROC alone does not bind root),
-    and no sockets. Returns the wall that the latter are."""
+    """A system call filter, see SYSCALLS: threads yes, processes no, and no sockets. Returns the wall that
+    the latter are."""
     if platform.machine() not in SYSCALLS:
         return []
     arch, clone, prctl, refused = SYSCALLS[platform.machine()]
