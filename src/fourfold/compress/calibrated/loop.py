@@ -215,8 +215,9 @@ class LayerLoop:
     def _halve_batches(self, index: int, reason: str) -> None:
         size = max(map(len, self._inputs))
         if size == 1:
-            where = f"the memory of {self.skeleton.device}, even one sequence at a time"
-            raise no_room(f"Layer {self.skeleton.prefix(index)} does not fit into {where}", reason)
+            device = self.skeleton.device
+            where = f"the memory of {device}, even one sequence at a time"
+            raise no_room(f"Layer {self.skeleton.prefix(index)} does not fit into {where}", device, reason)
         half = (size + 1) // 2
 
         def split(states: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -63,13 +63,14 @@ def memory_told(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         beside = "What is needed beside the layers (embeddings, inputs, what the whole model is run for)"
-        raise no_room(f"{beside} does not fit into the memory of {device}", str(error)) from error
+        raise no_room(f"{beside} does not fit into the memory of {device}", device, str(error)) from error
 
 
-def no_room(what: str, reason: str) -> FourfoldError:
+def no_room(what: str, device: torch.device, reason: str) -> FourfoldError:
     """The error when nothing can be made smaller; ``what`` says what does not fit where."""
+    elsewhere = "" if device.type == "cpu" else ", or with --device cpu"
     return FourfoldError(
         f"{what} ({' '.join(reason.split())[:200]}). Finished layers are kept: "
         "end what else uses this memory, and run the same command with --resume; or start anew with a "
-        "smaller --sequence-tokens or --samples, or with --device cpu."
+        f"smaller --sequence-tokens or --samples{elsewhere}."
     )
