@@ -77,8 +77,9 @@ def quantize(
     asked = Asked(calibration, samples, sequence_tokens, seed)
     job = Job(source, out, recipe, dialect, asked, device, workers, resume, budget)
     if dry_run and budget is not None:
-        _, record = fit(job.source, load_recipe(job.recipe), dialect, budget, *measured_by(job))
-        show_choice(record, job.out)
+        chosen_from = load_recipe(recipe)
+        _, record = fit(source, chosen_from, dialect, budget, *measured_by(job, chosen_from))
+        show_choice(record, out)
     elif dry_run:
         record = predict(job)
         show_plan(record)
@@ -103,13 +104,12 @@ class Job:
     budget: str | None
 
 
-def measured_by(job: Job) -> "tuple[Calibration, str]":
+def measured_by(job: Job, recipe: "Recipe") -> "tuple[Calibration, str]":
     """What formats are measured on for a budget, and the device that does it."""
     from fourfold.cli.budget import measured_on
     from fourfold.cli.calibration import choose_device
-    from fourfold.compress import load_recipe
 
-    device = choose_device(job.device, load_recipe(job.recipe), measures=True)
+    device = choose_device(job.device, recipe, measures=True)
     return measured_on(job.source, job.calibration, device), device
 
 
@@ -129,7 +129,7 @@ def chosen_recipe(job: Job) -> "tuple[Recipe, Frontier | None]":
         return recipe, None
     if not job.resume:
         refuse_interrupted(partial_folder(job.out))
-    calibration, device = measured_by(job)
+    calibration, device = measured_by(job, recipe)
     chosen_for = choice_fingerprint(job.source, recipe, job.dialect, job.budget, calibration)
     if job.resume and (kept := resumed_recipe(job.out, chosen_for)) is not None:
         return kept, None

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import ValidationError
 
 from fourfold import __version__
 from fourfold.checkpoint import Checkpoint, CheckpointWriter
@@ -94,9 +93,7 @@ def quantize(
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
-    modules = [module_of(name) for name in model.entries if name.endswith(".weight")]
-    told = [*checkpoint.notes, *unlike(modules, model.quantization.layers)]
-    told += notes_for_readers(model.config, model.quantization.layers)
+    told = [*checkpoint.notes, *notes_of(model)]
     if calibration is None or not takes_calibration(recipe):
         write_shards(writer, model, progress)
         return finish(notes=[*told, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
@@ -110,13 +107,20 @@ def quantize(
     return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
 
 
+def notes_of(model: Model) -> list[str]:
+    """What readers of the rounded ``model`` may stumble over."""
+    layers = model.quantization.layers
+    modules = [module_of(name) for name in model.entries if name.endswith(".weight")]
+    return [*unlike(modules, layers), *notes_for_readers(model.config, layers)]
+
+
 def finished_manifest(out: Path, depends_on: dict[str, str]) -> Manifest | None:
     """The manifest of ``out`` where a run with the same arguments had just given it its name, and was killed
     before it could say so.
     """
     try:
         manifest = read_manifest(out)
-    except ValidationError:
+    except ValueError:  # a damaged one
         return None
     same = manifest is not None and depends_on.items() <= manifest.fingerprint.items()
     return manifest if same else None

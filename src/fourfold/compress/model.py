@@ -85,9 +85,11 @@ def plain(value: Value, dtype: torch.dtype | None = None) -> torch.Tensor:
     return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` of floats holds neither NaN nor Inf."""
-    low, high = tensor.aminmax()  # NaN spreads to both, so one pass finds all
+def is_finite(value: Value) -> bool:
+    """Whether ``value`` holds neither NaN nor Inf; blocks are looked at when they are made."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
+        return True
+    low, high = value.aminmax()  # NaN spreads to both, so one pass finds all
     return bool(low.isfinite() and high.isfinite())
 
 

@@ -156,7 +156,7 @@ def _checked(name: str, entry: Entry, recipe: Recipe) -> Entry:
 
     def load() -> Value:
         value = entry.load()
-        if isinstance(value, torch.Tensor) and value.numel() and not is_finite(value):
+        if not is_finite(value):
             raise FourfoldError(
                 f"{name} holds NaN or Inf. The source is damaged or the model diverged: fetch it again, or, "
                 f"if it is to be so, add a `keep` entry '{module_of(name)}' to the recipe."

@@ -103,8 +103,6 @@ class Names:
 
 def check_numbers(name: str, value: Value) -> None:
     """Raise FourfoldError when the tensor ``name``, which calibration computes with, holds NaN or Inf."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.numel():
-        return
     if not is_finite(value):
         raise FourfoldError(
             f"{name} holds NaN or Inf, so that nothing that the model computes tells how to round. The "

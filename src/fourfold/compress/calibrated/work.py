@@ -196,7 +196,5 @@ class LayerWork:
 
     def serve(self) -> None:
         """From now on inputs are rounded as the served model rounds them."""
-        for name, scheme in self.schemes.items():
-            linear = self.linears[name]
-            linear.round_as(scheme)
-            linear.rounds_input = True
+        for name in self.schemes:
+            self.linears[name].rounds_input = True
