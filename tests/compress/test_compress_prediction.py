@@ -2,12 +2,14 @@
 
 import time
 
+import pytest
 import torch
 from compress_models import tensor_bytes
 from tiny_models import build_tiny_model
 
 from fourfold.compress import Recipe, plan, quantize
-from fourfold.compress.calibrated.prediction import ENOUGH_UNITS, Rehearsal, representative
+from fourfold.compress.calibrated import prediction
+from fourfold.compress.calibrated.prediction import ENOUGH_S, ENOUGH_UNITS, Rehearsal, representative
 from fourfold.compress.calibration import CalibrationSet, SelfWritten
 from fourfold.compress.passes import distill
 
@@ -15,19 +17,49 @@ GPTQ = Recipe.model_validate({"name": "own", "rules": [{"weight": "mxfp4"}], "pa
 TOKENS = CalibrationSet(torch.arange(4 * 32).view(4, 32), "counted", 0)
 
 
-def test_one_layer_is_run_and_nothing_is_left(tiny_llama, tmp_path, monkeypatch):
+@pytest.fixture
+def made(monkeypatch) -> list[int]:
+    """Which layers passes really worked on, one after the other."""
     from fourfold.compress.calibrated.loop import LayerLoop
 
-    run, step = [], LayerLoop.step
-    monkeypatch.setattr(LayerLoop, "step", lambda self, index: run.append(index) or step(self, index))
+    found, run_passes = [], LayerLoop.run_passes
+    monkeypatch.setattr(
+        LayerLoop, "run_passes", lambda self, work: found.append(work.index) or run_passes(self, work)
+    )
+    return found
+
+
+def test_one_layer_is_run_and_nothing_is_left(tiny_llama, tmp_path, made):
     dry = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
-    assert len(run) == 1
+    assert len(set(made)) == 1
     assert not list(tmp_path.iterdir())
     assert dry.calibration_samples == 4 and dry.calibration_sequence_tokens == 32
     assert dry.layer_s is not None and 0 < 2 * dry.layer_s < dry.time_estimate_s
     assert dry.device == "cpu" and dry.gpu_memory_bytes is None
     quantize(tiny_llama, tmp_path / "out", GPTQ, calibration=TOKENS)
     assert dry.output_bytes == tensor_bytes(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("first_s", "again"), [(ENOUGH_S - 1, True), (ENOUGH_S, False)])
+def test_a_short_layer_is_run_again_because_the_first_time_holds_what_is_set_up_once(
+    tiny_llama, tmp_path, made, monkeypatch, first_s, again
+):
+    from fourfold.compress.calibrated.loop import LayerLoop
+
+    now_s, step = [0.0], LayerLoop.step
+
+    def slow(self, index):
+        now_s[0] += 2.0 if made else first_s
+        return step(self, index)
+
+    monkeypatch.setattr(LayerLoop, "step", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(prediction, "representative", lambda loop: (0, 5.5))
+    dry = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
+    assert made == ([0, 0] if again else [0])
+    further_s = 2.0 if again else first_s
+    assert dry.layer_s == further_s
+    assert dry.time_estimate_s == pytest.approx(first_s + 4.5 * further_s)
 
 
 def test_the_disk_of_the_layers_is_foreseen(tiny_llama, tmp_path):
@@ -64,7 +96,7 @@ def test_what_is_learned_over_the_whole_model_is_begun_and_counted(tiny_llama, t
         recipe = GPTQ.model_copy(update={"passes": [distilled]})
         dry = plan(tiny_llama, recipe, calibration=TOKENS, beside=tmp_path)
         times.append(dry.time_estimate_s)
-    assert len(steps) == 2 * ENOUGH_UNITS
+    assert len(steps) == 2 * ENOUGH_UNITS  # though its layer is run twice
     assert 3 < times[1] / times[0] < 30
     # beside the layers, what was learned lies on disk until the end
     alone = plan(tiny_llama, GPTQ, calibration=TOKENS, beside=tmp_path)
