@@ -93,6 +93,15 @@ def test_a_dry_run_writes_nothing(fourfold, tiny_llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_keep_entry_that_keeps_nothing_is_told(fourfold, tiny_llama, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("{name: mine, keep: ['*.[mn]lp'], rules: [{weight: mxfp4}], passes: [rtn]}")
+    for words in (["--dry-run"], []):
+        outcome = fourfold("quantize", tiny_llama, tmp_path / "out", "--recipe", recipe, *words)
+        assert outcome.code == 0
+        assert "Note: Nothing in this model matches what the recipe names: '*.[mn]lp'." in outcome.out
+
+
 def test_names_with_brackets_are_printed_as_they_are(fourfold, tiny_llama, tmp_path):
     out = tmp_path / "mine[bold]"
     assert "mine[bold]" in fourfold("quantize", tiny_llama, out).out

@@ -153,6 +153,13 @@ def test_fused_experts_that_are_named_stay_with_their_bias(moe):
     assert {f"{prefix}.down_proj", f"{prefix}.down_proj_bias", f"{prefix}.3.gate_proj.bias"} <= kept
 
 
+def test_a_pattern_may_mean_fused_experts_or_one_of_them(moe):
+    names = ["0.down_proj", "*.up_proj", "gate_up_proj", "down_proj", "9.down_proj"]
+    keep = [f"model.layers.0.mlp.experts.{name}" for name in names]
+    (note,) = plan(moe["gpt_oss"], load_recipe("mxfp4").model_copy(update={"keep": keep})).notes
+    assert f"matches what the recipe names: '{keep[-1]}'." in note
+
+
 H, INNER = 64, 48
 UP, DOWN = "l.layers.0.mlp.experts.gate_up_proj", "l.layers.0.mlp.experts.down_proj"
 

@@ -14,8 +14,9 @@ from compress_models import read_all, tensor_bytes
 from tiny_models import build_tiny_model
 
 from fourfold.checkpoint import open_checkpoint
-from fourfold.compress import load_recipe, plan, quantize, recipe_names
+from fourfold.compress import Recipe, load_recipe, plan, quantize, recipe_names
 from fourfold.compress.calibration import CalibrationSet
+from fourfold.compress.resolve import resolve
 from fourfold.core.manifest import MANIFEST_NAME
 from fourfold.formats import BlockTensor, get_format
 
@@ -53,6 +54,21 @@ def test_the_first_rule_that_matches_decides_and_the_scheme_is_written(tiny_llam
     attention = out.quantization.layer("model.layers.0.self_attn.q_proj")
     assert attention is not None and (attention.weight, attention.scale_rule) == ("mxfp4", "rceil")
     assert out.manifest is not None and out.manifest.recipe == recipe.model_dump()
+
+
+def test_patterns_that_match_nothing_are_noted_by_the_dry_run_and_the_run(tiny_llama, tmp_path):
+    keep = ["lm_head", "model.norm", "*.[qkv]_proj", "model.layers.0.mlp.up_proj.weight", "*.mpl.*"]
+    rules = [{"modules": ["*.experts.*", "*.o_proj"], "weight": "mxfp8-e4m3"}, {"weight": "mxfp4"}]
+    recipe = Recipe.model_validate({"name": "own", "keep": keep, "rules": rules, "passes": ["rtn"]})
+    (note,) = plan(tiny_llama, recipe).notes
+    lost = "'model.layers.0.mlp.up_proj.weight', '*.mpl.*', '*.experts.*'"
+    assert note.startswith(f"Nothing in this model matches what the recipe names: {lost}. ")
+    assert quantize(tiny_llama, tmp_path / "out", recipe).card.notes == [note]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_names_nothing_that_a_model_may_lack(tiny_llama, name):
+    assert resolve(open_checkpoint(tiny_llama), load_recipe(name)).notes == []
 
 
 def brief(recipe):

@@ -42,6 +42,8 @@ def show_plan(record: "DryRun") -> None:
             f"sequences of {record.calibration_sequence_tokens} tokens, in {duration_text(record.layer_s)}.",
             soft_wrap=True,
         )
+    for note in record.notes:
+        stdout.print(f"Note: {escape(note)}", soft_wrap=True)
 
 
 def grouped(tensors: "list[TensorPlan]") -> "list[tuple[str, list[TensorPlan]]]":

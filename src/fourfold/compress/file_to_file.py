@@ -18,7 +18,7 @@ from fourfold.compress.experts import notes_for_readers
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, is_calibrated, prepare, run_passes, takes_calibration
 from fourfold.compress.recipe import Recipe, load_recipe
-from fourfold.compress.resolve import open_source, resolve
+from fourfold.compress.resolve import Resolved, open_source, resolve
 from fourfold.compress.stream import stream
 from fourfold.core.errors import UsageError
 from fourfold.core.machine import installed_version
@@ -73,7 +73,8 @@ def quantize(
     depends_on = fingerprint(checkpoint, recipe, calibration, device)
     if resume and (done := finished_manifest(Path(out), depends_on | {"dialect": dialect})) is not None:
         return done
-    prepared = prepare(recipe, resolve(checkpoint, recipe).model)
+    resolved = resolve(checkpoint, recipe)
+    prepared = prepare(recipe, resolved.model)
     model = run_passes(recipe, prepared)
     writer = CheckpointWriter(
         Path(out),
@@ -93,7 +94,7 @@ def quantize(
         generation_config=checkpoint.generation_config,
         write_tokenizer=checkpoint.write_tokenizer,
     )
-    told = [*checkpoint.notes, *notes_of(model)]
+    told = notes_of(checkpoint, resolved, model)
     if calibration is None or not takes_calibration(recipe):
         write_shards(writer, model, progress)
         return finish(notes=[*told, *([UNCALIBRATED_KV] if recipe.kv_cache else [])])
@@ -107,11 +108,12 @@ def quantize(
     return finish(notes=notes, calibration=done.calibration, tidy=done.tidy)
 
 
-def notes_of(model: Model) -> list[str]:
-    """What readers of the rounded ``model`` may stumble over."""
+def notes_of(checkpoint: Checkpoint, resolved: Resolved, model: Model) -> list[str]:
+    """What readers of the rounded ``model`` may stumble over, as far as it is known before it is made."""
     layers = model.quantization.layers
     modules = [module_of(name) for name in model.entries if name.endswith(".weight")]
-    return [*unlike(modules, layers), *notes_for_readers(model.config, layers)]
+    stumbles = [*unlike(modules, layers), *notes_for_readers(model.config, layers)]
+    return [*checkpoint.notes, *resolved.notes, *stumbles]
 
 
 def finished_manifest(out: Path, depends_on: dict[str, str]) -> Manifest | None:

@@ -23,7 +23,7 @@ from fourfold.checkpoint.kv_scales import unit_scales
 from fourfold.checkpoint.plan import CheckpointPlan
 from fourfold.checkpoint.writer import DEFAULT_SHARD_BYTES
 from fourfold.compress.calibration import Calibration, CalibrationSet
-from fourfold.compress.file_to_file import DEFAULT_DIALECT
+from fourfold.compress.file_to_file import DEFAULT_DIALECT, notes_of
 from fourfold.compress.model import Model
 from fourfold.compress.pipeline import check_recipe, prepare, run_passes, takes_calibration
 from fourfold.compress.recipe import Recipe, load_recipe
@@ -56,6 +56,7 @@ class DryRun(Record):
     """What ``quantize`` would do. ``output_bytes`` counts tensors, without headers and other files.
 
     ``temporary_disk_bytes`` is needed beside them while a calibrated run lasts, for its finished layers.
+    ``notes`` are those of the output's card that are known beforehand.
     """
 
     kind: Literal["fourfold.dry-run/1"] = "fourfold.dry-run/1"
@@ -76,6 +77,7 @@ class DryRun(Record):
     gpu_memory_bytes: int | None = None
     temporary_disk_bytes: int = 0
     layer_s: float | None = None
+    notes: list[str] = []
 
 
 def plan(
@@ -117,6 +119,7 @@ def plan(
         shards=len(layout.shards),
         peak_memory_bytes=predict_peak_bytes(model),
         time_estimate_s=estimate_time_s(model, output_bytes),
+        notes=notes_of(checkpoint, resolved, model),
     )
     if calibration is None or not takes_calibration(recipe):
         return record

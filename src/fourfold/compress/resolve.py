@@ -27,10 +27,11 @@ ROUNDED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Resolved:
-    """The model before its passes, and why each kept tensor is kept."""
+    """The model before its passes, why each kept tensor is kept, and what in the recipe may be a mistake."""
 
     model: Model
     kept: dict[str, str]
+    notes: list[str]
 
 
 def open_source(source: str | Path) -> Checkpoint:
@@ -66,9 +67,31 @@ def resolve(checkpoint: Checkpoint, recipe: Recipe) -> Resolved:
             f"The recipe '{recipe.name}' rounds nothing in {checkpoint.source}: no linear weight of a "
             "decoder layer matches its rules. Look at the names with --recipe bf16 --dry-run."
         )
-    return Resolved(
-        Model(checkpoint.config, entries, Quantization(layers=layers, kv_cache=recipe.kv_cache)), kept
-    )
+    quantization = Quantization(layers=layers, kv_cache=recipe.kv_cache)
+    return Resolved(Model(checkpoint.config, entries, quantization), kept, _unmatched(checkpoint, recipe))
+
+
+def _unmatched(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
+    """A note on the recipe's patterns that match nothing. No error: a recipe may serve several models."""
+    patterns = dict.fromkeys([*recipe.keep, *(glob for rule in recipe.rules for glob in rule.modules)])
+    modules = set(_modules(checkpoint))
+    lost = [p for p in patterns if p not in modules and not any(first_match([p], m) for m in modules)]
+    if not lost:
+        return []
+    named = ", ".join(f"'{pattern}'" for pattern in lost[:3]) + (", …" if len(lost) > 3 else "")
+    return [
+        f"Nothing in this model matches what the recipe names: {named}. A pattern is a glob on a module's "
+        "whole name, which does not end in .weight; --dry-run lists every tensor."
+    ]
+
+
+def _modules(checkpoint: Checkpoint) -> Iterator[str]:
+    """Every name that a pattern can mean: of what is stored, and of each expert in what is fused."""
+    for name in checkpoint.names():
+        module, shape = module_of(name), checkpoint.info(name).shape
+        yield from (module, module.removesuffix("_bias"))
+        if (fused := parse_fused(name, shape)) is not None:
+            yield from (f"{fused.experts}.{e}.{p}" for e in range(shape[0]) for p in fused.projections)
 
 
 def _entries(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[tuple[str, Entry]]:

@@ -95,11 +95,12 @@ def measure(
     check_recipe(recipe)
     if not recipe.formats:
         raise UsageError(f"The recipe '{recipe.name}' rounds nothing, so a budget has nothing to choose.")
-    model = resolve(open_source(source), recipe).model
+    resolved = resolve(open_source(source), recipe)
+    model = resolved.model
     schemes = _schemes(model, target)
     costs = _measured(Skeleton(model, torch.device(device)), schemes, calibration, progress)
     groups, rest = _groups(model, target, recipe, schemes, costs), _rest_bytes(model, target, recipe)
-    notes = _notes(schemes, costs)
+    notes = [*resolved.notes, *_notes(schemes, costs)]
     return Measured(str(source), recipe, dialect, model, schemes, groups, rest, calibration, notes)
 
 
