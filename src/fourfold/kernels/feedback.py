@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fourfold.core.quantization import FeedbackGroup
 from fourfold.formats import BlockFormat, get_format
-from fourfold.kernels.cpu.column_rounding import MOST_COLUMNS, RowRounding
+from fourfold.kernels.cpu.column_rounding import MOST_COLUMNS
+from fourfold.kernels.cpu.row_rounding import RowRounding
 
 RIDGE = 0.01  # of H's mean diagonal, added to it
 BLOCK = 32

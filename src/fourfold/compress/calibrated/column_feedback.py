@@ -10,10 +10,15 @@ is the pull of GPTAQ (its a triu(S U^T, 1) U, once triangular solves cancel). R 
 from the last column to the first.
 
 ``DenseFeedback`` does so inside the two [in, in] matrices, in in^3 / 6 multiply-adds each, and per row of
-weights in^2 / 2 each. ``TokenFeedback`` is for n tokens, far fewer than inputs: H = ridge + X^T X is never
-formed. The Schur complement of block b is ridge + X_b^T M X_b, M = (1 + X_later X_later^T / ridge)^-1 being
-[n, n], and with G_b = M X_b R_bb^-T the columns are R_:b = X^T G_b and T_:b = a (X0 - X)^T G_b. That costs
-2 n^2 in for the factor, 3 n in per row, and memory for n inputs. M is lowered step by step, in float64.
+weights in^2 / 2 each. Far fewer tokens than inputs are for :mod:`fourfold.compress.calibrated.token_feedback`.
+
+Coordinate descent asks the same of a block: to the rounded q_k, the best value while all others stay is
+
+    c_k = q_k + (sum_j (w_j - q_j) H_jk + a sum_j w_j ((X0 - X)^T X / n)_jk) / H_kk,
+
+so that H_bb takes the place of R_bb, q that of w, and what later columns are told is how q changed. Of H all
+is still there: its upper triangle became R, its lower one and the blocks on the diagonal are kept. Price of
+a sweep: in^2 multiply-adds per row.
 """
 
 from collections.abc import Iterator
@@ -32,19 +37,29 @@ class Block(NamedTuple):
     pending: torch.Tensor | None
 
 
-class Feedback(Protocol):
+class Solver(Protocol):
     """Asked and told block by block, from the first column to the last."""
+
+    def block(self, columns: slice) -> Block:
+        """What other columns ask of ``columns``; valid until the next block is asked for."""
+        ...
+
+    def finish(self, columns: slice, errors: torch.Tensor, before: torch.Tensor) -> None:
+        """``errors`` w - q and ``before`` c, [b, out], of ``columns``."""
+        ...
+
+
+class Feedback(Solver, Protocol):
+    """Of columns that are rounded for the first time."""
 
     def diagonal(self) -> torch.Tensor:
         """R_jj [in]."""
         ...
 
-    def block(self, columns: slice) -> Block:
-        """What the finished columns ask of ``columns``; valid until the next block is asked for."""
-        ...
-
-    def finish(self, columns: slice, errors: torch.Tensor, before: torch.Tensor) -> None:
-        """``errors`` w - q and ``before`` c, [b, out], of ``columns``."""
+    def descent(self, errors: torch.Tensor) -> Solver:
+        """For further sweeps, whose w are what is rounded; ``errors`` w - q [in, out] of the first are used
+        up.
+        """
         ...
 
 
@@ -53,16 +68,31 @@ class DenseFeedback:
     which T is made in place.
     """
 
-    def __init__(self, factor: torch.Tensor, shift: torch.Tensor | None):
-        self._factor = factor
+    def __init__(
+        self,
+        factor: torch.Tensor,
+        shift: torch.Tensor | None,
+        own: dict[int, torch.Tensor],
+        wanted: torch.Tensor | None,
+    ):
+        self._factor, self._own, self._wanted = factor, own, wanted
         self._pull = None if shift is None else _turn(shift, factor)
         self._errors: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
 
     @classmethod
-    def make(cls, hessian: torch.Tensor, shift: torch.Tensor | None, ridge: float) -> "DenseFeedback | None":
-        """None, with ``hessian`` as it was, when it is not positive definite with ``ridge`` added."""
-        return cls(hessian, shift) if _factorise(hessian, ridge) else None
+    def make(
+        cls,
+        hessian: torch.Tensor,
+        shift: torch.Tensor | None,
+        ridge: float,
+        wanted: torch.Tensor | None = None,
+    ) -> "DenseFeedback | None":
+        """None, with ``hessian`` as it was, when it is not positive definite with ``ridge`` added. ``wanted``
+        [in, out], shift^T W, is for descent alone.
+        """
+        own = _factorise(hessian, ridge)
+        return None if own is None else cls(hessian, shift, own, wanted)
 
     def diagonal(self) -> torch.Tensor:
         """See Feedback."""
@@ -90,65 +120,40 @@ class DenseFeedback:
         if self._before is not None:
             self._before[columns] = before
 
+    def descent(self, errors: torch.Tensor) -> "DenseDescent":
+        """See Feedback."""
+        self._pull = self._errors = self._before = None
+        return DenseDescent(self._factor, self._own, self._wanted, errors)
 
-class TokenFeedback:
-    """From the inputs ``x`` [n, in], divided by sqrt(n), and ``shift``, a (X0 - X) [n, in], likewise."""
+
+class DenseDescent:
+    """From H in the lower triangle of ``hessian`` and the blocks ``own`` on its diagonal, and what the inputs'
+    shift has ``wanted`` [in, out].
+    """
 
     def __init__(
         self,
-        x: torch.Tensor,
-        shift: torch.Tensor | None,
-        turned: torch.Tensor,
-        factors: dict[int, torch.Tensor],
+        hessian: torch.Tensor,
+        own: dict[int, torch.Tensor],
+        wanted: torch.Tensor | None,
+        errors: torch.Tensor,
     ):
-        self._x, self._shift, self._turned, self._factors = x, shift, turned, factors
-        self._sums: torch.Tensor | None = None
-        self._pending: torch.Tensor | None = None
-
-    @classmethod
-    def make(cls, x: torch.Tensor, shift: torch.Tensor | None, ridge: float) -> "TokenFeedback | None":
-        """None when a Schur complement is not positive definite."""
-        left = torch.eye(len(x), dtype=torch.float64, device=x.device)
-        turned, factors = torch.empty_like(x), {}
-        for columns in reversed(list(blocks_of(x.shape[-1]))):
-            own = x[:, columns].double()
-            seen = left @ own
-            complement = own.T @ seen
-            complement.diagonal().add_(ridge)
-            factor = _upper_factor(complement)
-            if factor is None:
-                return None
-            seen = _divide(seen, factor)
-            left.addmm_(seen, seen.T, alpha=-1)
-            turned[:, columns] = seen
-            factors[columns.start] = factor.to(x.dtype)
-        return cls(x, shift, turned, factors)
-
-    def diagonal(self) -> torch.Tensor:
-        """See Feedback."""
-        return torch.cat(
-            [self._factors[columns.start].diagonal() for columns in blocks_of(self._x.shape[-1])]
-        )
+        self._hessian, self._own, self._wanted, self._errors = hessian, own, wanted, errors
 
     def block(self, columns: slice) -> Block:
-        """See Feedback."""
-        turned = self._turned[:, columns]
-        pull = None if self._shift is None else (self._shift[:, columns].T @ turned).triu_(1)
-        pending = None
-        if self._sums is not None and self._pending is not None:
-            pending = torch.mm(turned.T, self._sums, out=self._pending[: turned.shape[-1]])
-        return Block(self._factors[columns.start], pull, pending)
+        """See Solver."""
+        begin, end = columns.start, columns.stop
+        own, errors = self._own[begin], self._errors
+        pending = own @ errors[columns]
+        pending.addmm_(self._hessian[columns, :begin], errors[:begin])
+        pending.addmm_(self._hessian[end:, columns].T, errors[end:])
+        if self._wanted is not None:
+            pending += self._wanted[columns]
+        return Block(own, None, pending)
 
     def finish(self, columns: slice, errors: torch.Tensor, before: torch.Tensor) -> None:
-        """See Feedback."""
-        if columns.stop == self._x.shape[-1]:
-            return
-        if self._sums is None:
-            self._sums = errors.new_zeros(len(self._x), errors.shape[-1])
-            self._pending = torch.empty_like(errors)
-        self._sums.addmm_(self._x[:, columns], errors)
-        if self._shift is not None:
-            self._sums.addmm_(self._shift[:, columns], before)
+        """See Solver."""
+        self._errors[columns] += errors
 
 
 def blocks_of(width: int) -> Iterator[slice]:
@@ -157,29 +162,33 @@ def blocks_of(width: int) -> Iterator[slice]:
         yield slice(begin, min(begin + COLUMNS_AT_ONCE, width))
 
 
-def _factorise(hessian: torch.Tensor, ridge: float) -> bool:
-    """Replace the upper triangle of ``hessian`` [in, in] plus ``ridge`` by R, or leave all as it is."""
+def _factorise(hessian: torch.Tensor, ridge: float) -> dict[int, torch.Tensor] | None:
+    """Replace the upper triangle of ``hessian`` [in, in] plus ``ridge`` by R, or leave all as it is. Returns
+    the blocks on the diagonal as they were with it, by their first column.
+    """
     kept: dict[int, torch.Tensor] = {}
     for columns in reversed(list(blocks_of(len(hessian)))):
         own = hessian[columns, columns]
         kept[columns.start] = own.clone()
         own.diagonal().add_(ridge)
         panel = _without_later(hessian, hessian, columns)
-        factor = _upper_factor(own)
+        factor = upper_factor(own)
         if factor is None:
             _restore(hessian, kept)
-            return False
+            return None
         own.copy_(factor)
         above = panel[: columns.start]
-        above.copy_(_divide(above, factor))
-    return True
+        above.copy_(divide(above, factor))
+    for own in kept.values():
+        own.diagonal().add_(ridge)
+    return kept
 
 
 def _turn(shift: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """The strict upper triangle of ``shift`` R^-T, in place; what is below the blocks is not read."""
     for columns in reversed(list(blocks_of(len(shift)))):
         panel = _without_later(shift, factor, columns)
-        panel.copy_(_divide(panel, factor[columns, columns]))
+        panel.copy_(divide(panel, factor[columns, columns]))
         panel[columns].triu_(1)
     return shift
 
@@ -200,12 +209,12 @@ def _restore(hessian: torch.Tensor, kept: dict[int, torch.Tensor]) -> None:
         hessian[:begin, begin:end] = hessian[begin:end, :begin].T
 
 
-def _upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+def upper_factor(matrix: torch.Tensor) -> torch.Tensor | None:
     """R, upper triangular, with R R^T = ``matrix``; None when it is not positive definite."""
     lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     return None if failed else lower.flip(0, 1)
 
 
-def _divide(panel: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def divide(panel: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``panel`` R^-T."""
     return torch.linalg.solve_triangular(factor.T, panel, upper=False, left=False)

@@ -34,16 +34,16 @@ CHECK_BATCHES = 8
 
 
 class Options(Record):
-    """``lr`` is the first step's size in rounding steps (default 1 / steps, a fifth of it from ``gptq``);
+    """``lr`` is the first step's size in rounding steps (default 1 / steps, a twentieth of it from ``gptq``);
     ``scale_lr`` that of the scales' base-2 logarithm, by default the same; 0 leaves the scales as
     they start. ``reach`` bounds the offset: half a step from ``rtn``, where it only chooses up or
-    down, and 4 from ``gptq``, by default.
+    down, and 16 from ``gptq``, by default, as GPTQ moves values far to make up for others.
     """
 
     steps: int = Field(200, ge=1)
     lr: float | None = Field(None, gt=0)
     scale_lr: float | None = Field(None, ge=0)
-    reach: float | None = Field(None, gt=0, le=4)
+    reach: float | None = Field(None, gt=0, le=16)
     start: Literal["rtn", "gptq"] = "rtn"
     scales: Literal["search", "rule"] = "search"
     loss: Literal["relative", "plain"] = "relative"
@@ -83,7 +83,7 @@ def start_at_gptq(work: LayerWork, options: Options) -> dict[str, LearnedRoundin
     for name, scheme in work.schemes.items():
         linear, blocks = work.linears[name], work.blocks.pop(name)
         linear.weight.data.copy_(original[name])
-        learned[name] = LearnedRounding(linear, scheme, blocks.scales, options.reach or 4.0)
+        learned[name] = LearnedRounding(linear, scheme, blocks.scales, options.reach or 16.0)
         learned[name].start_at(blocks.dequantize())
     return learned
 
@@ -113,7 +113,7 @@ def learn(
 
     Raises FourfoldError when that of the start is no number.
     """
-    lr = options.lr or (1.0 if options.start == "rtn" else 0.2) / options.steps
+    lr = options.lr or (1.0 if options.start == "rtn" else 0.05) / options.steps
     scale_lr = lr if options.scale_lr is None else options.scale_lr
     order = batch_order(len(work.inputs), options.steps, options.seed + work.index)
     best, first, least = {}, float("nan"), float("inf")

@@ -8,9 +8,13 @@ further changes by w_j P_jk, where P = a triu((X0 - X)^T X U^T / n, 1) U, as in 
 arXiv:2504.02692), whose a is 1/4. :mod:`fourfold.compress.calibrated.column_feedback` says how this is
 computed without an inverse.
 
-Block formats share a scale among neighbouring columns. A block's scale is taken when its first column is
-reached, from the weights as they then are. ``order: activation`` works through whole blocks, those with the
-largest inputs first, so that blocks stay as they are stored and no reader needs to know of the order.
+Block formats share a scale among neighbouring columns. All scales are chosen before any column is rounded,
+from the original weights (``search``: of some neighbours the one that leaves the least error as this loss
+counts it), and so columns can be rounded in any order, ``activation`` being those with the largest inputs
+first, while blocks stay as they are stored: no reader needs to know of the order.
+
+The first columns are rounded not knowing what will become of the later ones. ``sweeps`` of coordinate descent
+(QuantEase, Behdin et al., arXiv:2309.01885) then round each column anew, all others being as they are.
 
 Linear layers are rounded in the order in which they run, all of one kind together, and each kind's inputs
 come from the kinds before it as they were rounded: the output projection sees what the rounded values make.
@@ -28,9 +32,10 @@ from typing import Literal, TypeVar
 import torch
 from pydantic import Field
 
-from fourfold.compress.calibrated.column_feedback import DenseFeedback, Feedback, TokenFeedback
-from fourfold.compress.calibrated.column_rounding import Grid, round_columns
-from fourfold.compress.calibrated.turned import Turned
+from fourfold.compress.calibrated.column_feedback import DenseFeedback, Feedback
+from fourfold.compress.calibrated.column_rounding import round_columns, turn
+from fourfold.compress.calibrated.scale_choice import Grid
+from fourfold.compress.calibrated.token_feedback import TokenFeedback
 from fourfold.compress.calibrated.work import LayerWork
 from fourfold.compress.passes.rtn import check_finite
 from fourfold.compress.pipeline import Pass
@@ -51,6 +56,7 @@ class Options(Record):
     order: Literal["natural", "activation"] = "activation"
     asymmetry: float = Field(0.25, ge=0, le=1)
     search: bool = True
+    sweeps: int = Field(0, ge=0, le=100)
 
 
 @dataclass
@@ -265,15 +271,14 @@ def round_in_place(
 ) -> BlockTensor:
     """As ``gptq``, and the float32 ``weight`` becomes what it is rounded to."""
     block_format = get_format(scheme.weight)
-    size = block_format.block_size or weight.shape[-1]
     diagonal = mean_squares(name, statistics)
-    order = block_order(diagonal, size, options)
-    feedback = damped(name, float(diagonal.mean()), options.damping, feedback_of(statistics, order, options))
+    order = column_order(diagonal, options)
+    make = feedback_of(statistics, order, weight if options.sweeps else None, options)
+    feedback = damped(name, float(diagonal.mean()), options.damping, make)
     grid = Grid(block_format, scheme.scale_rule, block_format.whole_scale(weight), options.search)
-    turned = Turned(weight, block_format, order, size)
-    round_columns(turned, feedback, size, grid)
-    check_finite(f"{name}.weight, rounded,", weight)
-    return turned.tensor(scheme.scale_rule or block_format.default_rule, grid.whole_if_two_levels())
+    columns = round_columns(weight, order, feedback, grid, options.sweeps)
+    check_finite(f"{name}.weight, rounded,", columns.turned)
+    return columns.put(weight)
 
 
 def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
@@ -293,24 +298,28 @@ def mean_squares(name: str, statistics: Statistics) -> torch.Tensor:
 
 
 def feedback_of(
-    statistics: Statistics, order: torch.Tensor, options: Options
+    statistics: Statistics, order: torch.Tensor, weight: torch.Tensor | None, options: Options
 ) -> Callable[[float], Feedback | None]:
-    """How to make the feedback in ``order`` with a given ridge. Takes the tensors out of ``statistics``."""
+    """How to make the feedback in ``order`` with a given ridge, and with the ``weight`` [out, in] if there is
+    to be descent. Takes the tensors out of ``statistics``.
+    """
     if statistics.hessian is None:
         scale = statistics.tokens**-0.5
         x = torch.cat(statistics.x)[:, order].mul_(scale)
         shift = shifts_of(statistics)
         shift = None if shift is None else shift[:, order].mul_(scale * options.asymmetry)
         statistics.x, statistics.shifts = [], []
-        return lambda ridge: TokenFeedback.make(x, shift, ridge)
+        wanted = None if shift is None or weight is None else shift @ turn(weight, order)
+        return lambda ridge: TokenFeedback.make(x, shift, ridge, wanted)
     hessian, moved = statistics.hessian.div_(statistics.tokens), statistics.shift
     statistics.hessian = statistics.shift = None
     if moved is not None:
         moved.mul_(options.asymmetry / statistics.tokens)
-    if not is_natural(order):
+    if options.order != "natural":
         hessian = hessian[order[:, None], order]
         moved = None if moved is None else moved[order[:, None], order]
-    return lambda ridge: DenseFeedback.make(hessian, moved, ridge)
+    wanted = None if moved is None or weight is None else moved.T @ turn(weight, order)
+    return lambda ridge: DenseFeedback.make(hessian, moved, ridge, wanted)
 
 
 def shifts_of(statistics: Statistics) -> torch.Tensor | None:
@@ -342,17 +351,11 @@ def damped(name: str, mean: float, damping: float, make: Callable[[float], Made 
     )
 
 
-def is_natural(order: torch.Tensor) -> bool:
-    """Whether columns stay where they are."""
-    return bool((order[1:] > order[:-1]).all())
-
-
-def block_order(diagonal: torch.Tensor, size: int, options: Options) -> torch.Tensor:
-    """Column numbers, whole blocks at a time: as they are, or the block with the largest inputs first."""
-    columns = torch.arange(len(diagonal), device=diagonal.device).view(-1, size)
+def column_order(diagonal: torch.Tensor, options: Options) -> torch.Tensor:
+    """Column numbers int64 [in]: as they are, or those with the largest inputs first."""
     if options.order == "natural":
-        return columns.flatten()
-    return columns[diagonal.view(-1, size).sum(-1).argsort(descending=True, stable=True)].flatten()
+        return torch.arange(len(diagonal), device=diagonal.device)
+    return diagonal.argsort(descending=True, stable=True)
 
 
 PASS = Pass(

@@ -34,23 +34,50 @@ def write_kv(
 ) -> None:
     """kv float32 [T, 2 * kv_heads * head_dim] into ``cache`` at slots int32 [1, T]."""
 
-def round_columns(
+def turn_columns(
     weight: Tensor,
-    codes: Tensor,
+    places: Tensor,
+    importance: Tensor,
+    turned: Tensor,
     scales: Tensor,
-    starts: Tensor,
-    reach: Tensor,
-    pull: Tensor | None,
-    standing: Tensor,
-    diagonal: Tensor,
-    pending: Tensor | None,
-    errors: Tensor,
-    before: Tensor,
     element: tuple[int, int, int, int, float, int],
     search: bool,
     alone: bool,
 ) -> None:
     """See column_rounding.py and cpp/column_rounding.h; ``alone``: without the pool's threads."""
+
+def round_columns(
+    turned: Tensor,
+    scales: Tensor,
+    blocks: Tensor,
+    reach: Tensor,
+    pull: Tensor | None,
+    diagonal: Tensor,
+    pending: Tensor | None,
+    errors: Tensor,
+    before: Tensor,
+    element: tuple[int, int, int, int, float, int],
+    alone: bool,
+) -> None: ...
+def put_columns(
+    turned: Tensor,
+    places: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    turned_back: Tensor,
+    element: tuple[int, int, int, int, float, int],
+    alone: bool,
+) -> None: ...
+def round_rows(
+    rows: Tensor,
+    first: int,
+    reach: Tensor,
+    standing: Tensor,
+    element: tuple[int, int, int, int, float, int],
+    alone: bool,
+) -> None:
+    """See row_rounding.py and cpp/row_rounding.h."""
 
 def cpu_features() -> dict[str, bool]:
     """What ``isa`` of packed layers can be, slowest first, and whether it can be used here."""
