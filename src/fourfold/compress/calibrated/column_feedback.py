@@ -10,7 +10,8 @@ is the pull of GPTAQ (its a triu(S U^T, 1) U, once triangular solves cancel). R 
 from the last column to the first.
 
 ``DenseFeedback`` does so inside the two [in, in] matrices, in in^3 / 6 multiply-adds each, and per row of
-weights in^2 / 2 each. Far fewer tokens than inputs are for :mod:`fourfold.compress.calibrated.token_feedback`.
+weights in^2 / 2 each. Far fewer tokens than inputs are for
+:mod:`fourfold.compress.calibrated.token_feedback`.
 
 Coordinate descent asks the same of a block: to the rounded q_k, the best value while all others stay is
 
@@ -127,8 +128,8 @@ class DenseFeedback:
 
 
 class DenseDescent:
-    """From H in the lower triangle of ``hessian`` and the blocks ``own`` on its diagonal, and what the inputs'
-    shift has ``wanted`` [in, out].
+    """From H in the lower triangle of ``hessian`` and the blocks ``own`` on its diagonal, and what the shift
+    of the inputs has ``wanted`` [in, out].
     """
 
     def __init__(

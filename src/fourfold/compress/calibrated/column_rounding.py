@@ -54,8 +54,8 @@ def turn(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def round_columns(
     weight: torch.Tensor, order: torch.Tensor, feedback: Feedback, grid: Grid, sweeps: int
 ) -> Columns:
-    """The columns of ``weight`` float32 [out, in] in ``order``, rounded as ``feedback`` says and by ``sweeps``
-    of coordinate descent after it.
+    """The columns of ``weight`` float32 [out, in] in ``order``, rounded as ``feedback`` says and then by
+    ``sweeps`` of coordinate descent.
     """
     importance = feedback.diagonal()[order.argsort()]
     by_format = (grid.block_format, grid.rule, grid.search)
@@ -111,10 +111,12 @@ class TorchColumns:
         before.copy_(w)
         if pending is not None:
             before.add_(pending / factor.diagonal()[:, None])
+        kinds = len(matrices)
         for begin in range(0, len(w), STEP):
-            some, known = slice(begin, begin + STEP), slice(begin * len(matrices), (begin + STEP) * len(matrices))
+            end = begin + STEP
+            some, known = slice(begin, end), slice(begin * kinds, end * kinds)
             self._round_some(w[some], before[some], multipliers[some], reach[some, known], told[some])
-            before[some.stop :].addmm_(reach[some.stop :, known], told[some].flatten(0, 1))
+            before[end:].addmm_(reach[end:, known], told[some].flatten(0, 1))
         return told[:, 0], before
 
     def _round_some(

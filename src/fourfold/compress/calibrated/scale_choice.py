@@ -25,7 +25,8 @@ class Grid:
     search: bool
 
     def scales(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scales of ``weight`` float32 [out, in] as they are held, and what they multiply by, [out, blocks].
+        """The scales of ``weight`` float32 [out, in] as they are held, and what they multiply by,
+        [out, blocks].
 
         With ``search`` the one of some neighbours that leaves the least error, each column's error multiplied
         by its ``importance`` [in] as GPTQ's loss counts it.

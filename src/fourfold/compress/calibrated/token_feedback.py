@@ -1,7 +1,7 @@
 """Feedback among columns from few tokens, far fewer than inputs: H is never formed.
 
-With :mod:`fourfold.compress.calibrated.column_feedback`'s names and H = ridge + X^T X, the Schur complement of
-block b is ridge + X_b^T M X_b, M = (1 + X_later X_later^T / ridge)^-1 being [n, n], and with
+With the names of :mod:`fourfold.compress.calibrated.column_feedback` and H = ridge + X^T X, the Schur
+complement of block b is ridge + X_b^T M X_b, M = (1 + X_later X_later^T / ridge)^-1 being [n, n], and with
 G_b = M X_b R_bb^-T the columns are R_:b = X^T G_b and T_:b = a (X0 - X)^T G_b. That costs 2 n^2 in for the
 factor, 3 n in per row, and memory for n inputs; a sweep of descent costs 2 n in per row. M is lowered step by
 step, in float64.
@@ -33,8 +33,8 @@ class TokenFeedback:
     def make(
         cls, x: torch.Tensor, shift: torch.Tensor | None, ridge: float, wanted: torch.Tensor | None = None
     ) -> "TokenFeedback | None":
-        """None when a Schur complement is not positive definite. ``wanted`` [n, out], what the shift takes from
-        the outputs, is for descent alone.
+        """None when a Schur complement is not positive definite. ``wanted`` [n, out], what the shift takes
+        from the outputs, is for descent alone.
         """
         left = torch.eye(len(x), dtype=torch.float64, device=x.device)
         turned, factors = torch.empty_like(x), {}

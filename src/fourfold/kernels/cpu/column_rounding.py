@@ -45,9 +45,9 @@ class ColumnRounding:
         rule: str | None,
         search: bool,
     ) -> "ColumnRounding | None":
-        """The columns of ``weight`` [out, in] in ``order`` int64 [in]. Scales are by ``rule``; ``search`` tries
-        their neighbours, and each column's error counts with its ``importance`` float32 [in]. None for what
-        takes torch: another device or layout, other formats.
+        """The columns of ``weight`` [out, in] in ``order`` int64 [in]. Scales are by ``rule``; ``search``
+        tries their neighbours, and each column's error counts with its ``importance`` float32 [in]. None for
+        what takes torch: another device or layout, other formats.
         """
         here = native is not None and weight.device.type == "cpu"
         plain = weight.dtype == torch.float32 and weight.is_contiguous() and weight.numel() > 0
@@ -59,8 +59,8 @@ class ColumnRounding:
         out, width = weight.shape
         turned, places = weight.new_empty(width, out), order.argsort()[None]
         scales = torch.empty(width // BLOCK, out, dtype=torch.uint8)
-        rules = element_rules(block_format, chosen)
-        native.turn_columns(weight, places, importance[None].contiguous(), turned, scales, rules, search, alone())
+        options = (element_rules(block_format, chosen), search, alone())
+        native.turn_columns(weight, places, importance[None].contiguous(), turned, scales, *options)
         results = turned.new_empty(2, min(MOST_COLUMNS, width), out)
         return cls(turned, places, order[None] // BLOCK, scales, block_format, chosen, results)
 

@@ -17,7 +17,7 @@ from fourfold.formats import ElementFormat
 
 ROWS = 32  # of a program
 EXPONENT = tl.constexpr(0x7F800000)
-TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away it rounds to an integer, ties to even
+TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away it rounds to an integer
 
 
 @triton.jit
