@@ -105,17 +105,13 @@ FOURFOLD_INLINE void round_rows_of_columns(const ColumnRounding& p, const Grid& 
     }
 }
 
-FOURFOLD_INLINE void pack(const I* codes, int bits, std::int64_t lane, std::uint8_t* out) {
-    if (bits == 8) {
-        for (std::int64_t j = 0; j < kBlock; ++j) out[j] = static_cast<std::uint8_t>(codes[j][lane]);
-    } else if (bits == 4) {
-        for (std::int64_t j = 0; j < kBlock; j += 2)
-            out[j / 2] = static_cast<std::uint8_t>(codes[j][lane] | codes[j + 1][lane] << 4);
-    } else {  // 6
-        for (std::int64_t j = 0; j < kBlock; j += 4, out += 3) {
-            const std::int32_t all = codes[j][lane] | codes[j + 1][lane] << 6 | codes[j + 2][lane] << 12 | codes[j + 3][lane] << 18;
-            for (int byte = 0; byte < 3; ++byte) out[byte] = static_cast<std::uint8_t>(all >> 8 * byte);
-        }
+// The codes of a block side by side, in as many words (little-endian) as a code has bits.
+FOURFOLD_INLINE void pack(const I* codes, int bits, I* words) {
+    for (int word = 0; word < bits; ++word) words[word] = I{};
+    for (int j = 0; j < kBlock; ++j) {
+        const int at = j * bits, word = at / 32, shift = at % 32;
+        words[word] |= codes[j] << shift;
+        if (shift + bits > 32) words[word + 1] |= codes[j] >> (32 - shift);
     }
 }
 
@@ -125,15 +121,20 @@ FOURFOLD_INLINE void put_rows(const RoundedColumns& p, const Grid& grid, std::in
         const I byte = bytes(p.scales + block * p.rows + row, count);
         const V inverse = power_of_two(254 - byte);
         V q[kBlock];
-        I codes[kBlock];
+        I codes[kBlock], words[8];
         for (std::int64_t j = 0; j < kBlock; ++j) {
             q[j] = take(p.turned + p.places[block * kBlock + j] * p.rows + row, count);
             codes[j] = grid.code(q[j] * inverse, p.element);
         }
+        pack(codes, p.element.bits, words);
         for (std::int64_t lane = 0; lane < count; ++lane) {
             const std::int64_t at = (row + lane) * blocks + block;
             for (std::int64_t j = 0; j < kBlock; ++j) p.weight[at * kBlock + j] = q[j][lane];
-            pack(codes, p.element.bits, lane, p.codes + at * p.element.bits * kBlock / 8);
+            std::uint8_t* to = p.codes + at * p.element.bits * 4;
+            for (int word = 0; word < p.element.bits; ++word) {
+                const std::int32_t value = words[word][lane];
+                std::memcpy(to + 4 * word, &value, 4);
+            }
             p.turned_back[at] = static_cast<std::uint8_t>(byte[lane]);
         }
     }
