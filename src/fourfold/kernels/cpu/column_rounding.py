@@ -33,6 +33,7 @@ class ColumnRounding:
     scales: Tensor
     block_format: BlockFormat
     rule: ScaleRule
+    rules: Element
     results: Tensor
 
     @classmethod
@@ -59,10 +60,11 @@ class ColumnRounding:
         out, width = weight.shape
         turned, places = weight.new_empty(width, out), order.argsort()[None]
         scales = torch.empty(width // BLOCK, out, dtype=torch.uint8)
-        options = (element_rules(block_format, chosen), search, alone())
-        native.turn_columns(weight, places, importance[None].contiguous(), turned, scales, *options)
+        rules = element_rules(block_format, chosen)
+        weights = importance[None].contiguous()
+        native.turn_columns(weight, places, weights, turned, scales, rules, search, alone())
         results = turned.new_empty(2, min(MOST_COLUMNS, width), out)
-        return cls(turned, places, order[None] // BLOCK, scales, block_format, chosen, results)
+        return cls(turned, places, order[None] // BLOCK, scales, block_format, chosen, rules, results)
 
     def round(
         self, columns: slice, factor: Tensor, pull: Tensor | None, pending: Tensor | None
@@ -76,18 +78,17 @@ class ColumnRounding:
         tall = None if pull is None else (pull.T / diagonal[:, None]).contiguous()
         pending = None if pending is None else pending.contiguous()
         matrices = (reach_of(factor), tall, diagonal[None].contiguous(), pending, errors, before)
-        rules, blocks = element_rules(self.block_format, self.rule), self.blocks[:, columns].contiguous()
+        blocks = self.blocks[:, columns].contiguous()
         assert native is not None
-        native.round_columns(self.turned[columns], self.scales, blocks, *matrices, rules, alone())
+        native.round_columns(self.turned[columns], self.scales, blocks, *matrices, self.rules, alone())
         return errors, before
 
     def put(self, weight: Tensor) -> BlockTensor:
         """Write what was rounded into ``weight`` float32 [out, in], and give it in the format."""
         layout = self.block_format.empty_shapes(weight.shape).values()
         codes, held = (torch.empty(shape, dtype=dtype) for shape, dtype in layout)
-        rules = element_rules(self.block_format, self.rule)
         assert native is not None
-        native.put_columns(self.turned, self.places, self.scales, weight, codes, held, rules, alone())
+        native.put_columns(self.turned, self.places, self.scales, weight, codes, held, self.rules, alone())
         return BlockTensor(self.block_format.name, codes, held, self.rule.value, None)
 
 

@@ -14,10 +14,10 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from fourfold.formats import ElementFormat
+from fourfold.kernels.gpu.feedback import ROUNDER
 
 ROWS = 32  # of a program
 EXPONENT = tl.constexpr(0x7F800000)
-TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away it rounds to an integer
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _round(
         scale = tl.load(multipliers + tl.load(blocks + j) * rows + row, mask=inside, other=1.0)
         q = tl.minimum(tl.maximum(tl.div_rn(own, scale), lowest), largest)
         if is_integer:
-            q = ((tl.div_rn(q, step) + TO_INTEGER) - TO_INTEGER) * step
+            q = ((tl.div_rn(q, step) + ROUNDER) - ROUNDER) * step
         else:
             power = tl.maximum(q.to(tl.int32, bitcast=True) & EXPONENT, smallest)
             carried = power.to(tl.float32, bitcast=True) * carry
